@@ -1,0 +1,513 @@
+"""What the three scripts share: the device, the model, the audio, and from these the transcript.
+
+    path -> waveform -> chunks -> input_features -> token_ids -> segments
+
+torch, transformers and librosa take seconds to import, so the functions that need them import them: a usage error
+is answered before.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import soundfile
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BatchFeature, WhisperForConditionalGeneration, WhisperProcessor
+
+MODEL = "kotoba-tech/kotoba-whisper-v2.0"
+PROMPT_LENGTH = 4  # <|startoftranscript|>, language, task, <|notimestamps|>
+MAX_NEW_TOKENS = 448 - PROMPT_LENGTH  # every Whisper decoder has 448 positions
+SILENCE_DBFS = -60.0  # speech is louder, the noise of a quiet 16-bit recording is not
+LEVEL_WINDOW_S, LEVEL_HOP_S = 0.3, 0.01  # longer than the closure of a stop consonant or of a small tsu
+SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
+COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
+
+
+class SetupError(Exception):
+    """The options, the device or the model cannot be used; the message is one line for the user."""
+
+
+class AudioError(Exception):
+    """One file cannot be transcribed; the message is one line for the user."""
+
+
+@dataclass
+class Segment:
+    """What was said in one chunk; start and end in seconds from the beginning of the file."""
+
+    start: float
+    end: float
+    text: str = ""
+    compression_ratio: float = 0.0
+    token_limit: bool = False  # decoding ended at the token limit: text may be missing
+
+    @property
+    def looping(self) -> bool:
+        """The text repeats itself like that of a decoder caught in a loop."""
+        return self.compression_ratio > COMPRESSION_RATIO_LIMIT
+
+
+@dataclass
+class Transcript:
+    """One file: its segments in order, its length in seconds, its silent chunks, and why it failed if it did."""
+
+    path: str
+    segments: list[Segment] = field(default_factory=list)
+    duration: float = 0.0
+    silent: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Recognizer:
+    """A model on its device, its processor, and the logits processor made by suppress_bias."""
+
+    model: WhisperForConditionalGeneration
+    processor: WhisperProcessor
+    suppress: Callable
+
+
+# --- Options ---
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: an int or a float from low to high."""
+
+    def parse(text: str) -> float:
+        try:
+            if low <= (value := kind(text)) <= high:
+                return value
+        except ValueError:
+            pass
+        limits = f"from {low} to {high}" if high < float("inf") else f"of at least {low}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {limits}")
+
+    return parse
+
+
+def device_name(text: str) -> str:
+    """An argparse type: npu, npu:N, cuda, cuda:N or cpu."""
+    if not re.fullmatch(r"cpu|(npu|cuda)(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not npu, npu:N, cpu, cuda or cuda:N")
+    return text
+
+
+def add_model_options(add: Callable) -> None:
+    """Declare the options that all scripts have; add is a parser's add_argument."""
+    add("--model", default=MODEL, help="model id on the hub, or a local folder (default: %(default)s)")
+    add("--device", type=device_name, help="npu, npu:N, cpu, cuda or cuda:N (default: the NPU; where none is usable, "
+        "the CPU with a warning)")  # fmt: skip
+    add("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto",
+        help="auto is float16 on an accelerator and, on a CPU, bfloat16 where the processor computes it natively "
+        "(AMX or AVX512-BF16), else float32 (default: %(default)s)")  # fmt: skip
+
+
+# --- Device and model ---
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def start_npu(index: int) -> str | None:
+    """Make npu:index ready; None, or the reason why it cannot be used and what to do about it."""
+    import torch
+
+    try:
+        import torch_npu  # noqa: F401  (adds torch.npu)
+    except (ImportError, RuntimeError) as error:
+        sys.modules["torch_npu"] = None  # else transformers imports it again, unguarded
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
+            return f"torch_npu is not installed: install the torch-npu that goes with torch {torch.__version__}"
+        remedy = "source /usr/local/Ascend/ascend-toolkit/set_env.sh and try again"
+        if "libascend_hal" in str(error):
+            remedy = "mount the driver, /usr/local/Ascend/driver, into the container"
+        return f"torch_npu cannot load CANN ({first_line(error)}): {remedy}"
+    try:
+        count = torch.npu.device_count() if torch.npu.is_available() else 0
+        if count == 0:
+            visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
+            return f"no NPU is visible (ASCEND_RT_VISIBLE_DEVICES: {visible}): see what npu-smi info lists"
+        if index >= count:
+            return f"npu:{index} is out of range: npu:0 to npu:{count - 1} are visible"
+        torch.npu.set_device(index)
+        # Else torch_npu 2.9.0.post1 sends conv1d through its slow legacy compiler on Ascend910B.
+        torch.npu.config.allow_internal_format = False
+        torch.npu.set_compile_mode(jit_compile=False)
+        torch.zeros(1, device=f"npu:{index}")  # a busy NPU counts as available until it is used
+        torch.npu.synchronize()
+    except (RuntimeError, AssertionError) as error:
+        return f"npu:{index} does not start ({first_line(error)}): see in npu-smi info what holds it"
+    return None
+
+
+def select_device(name: str | None) -> tuple[torch.device, str | None]:
+    """The named device; without a name the NPU, else the CPU and a warning that says why not the NPU.
+
+    To be called before transformers is imported. Raises SetupError where the named device cannot be used.
+    """
+    # Where torch_npu is installed and CANN is not, a plain `import torch` fails; start_npu imports it with care.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    import torch
+
+    kind, _, index = (name or "npu").partition(":")
+    index = int(index or 0)
+    if kind == "npu":
+        problem = start_npu(index)
+        if problem is None:
+            return torch.device("npu", index), None
+        if name is None:
+            return torch.device("cpu"), f"running on the CPU, not on an NPU: {problem}"
+        raise SetupError(f"--device {name}: {problem}")
+    sys.modules.setdefault("torch_npu", None)  # else transformers imports it, which fails where CANN is absent
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise SetupError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device(kind, index if kind == "cuda" else None), None
+
+
+def select_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The named dtype; auto is the fastest that computes well on the device."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cpu":
+        return torch.float16
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+@contextmanager
+def device_errors(device: torch.device) -> Iterator[None]:
+    """Turn what torch raises where a device is full or lost into a SetupError."""
+    try:
+        yield
+    except RuntimeError as error:
+        full = "out of memory" in str(error)
+        remedy = "a smaller --batch-size needs less" if full else "see whether the device still answers"
+        raise SetupError(f"{device} failed: {first_line(error)} ({remedy})") from error
+
+
+def suppress_bias(generation_config, n_vocab: int, device: torch.device) -> Callable:
+    """A logits processor that adds -inf to what the config suppresses; the same token ids as transformers' two.
+
+    Those compute torch.isin over the whole vocabulary at every token, for which an NPU sorts it on its host.
+    """
+    import torch
+    from transformers import LogitsProcessor
+
+    biases = torch.zeros(2, n_vocab)  # of the first token, and of the others
+    biases[:, generation_config.suppress_tokens or []] = -float("inf")
+    biases[0, generation_config.begin_suppress_tokens or []] = -float("inf")
+    first, later = biases.to(device)
+
+    class SuppressBias(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return scores + (first if input_ids.shape[1] == PROMPT_LENGTH else later)
+
+    return SuppressBias()
+
+
+def load_model(name: str, device: torch.device, dtype: torch.dtype, language: str = "ja") -> Recognizer:
+    """Load a Whisper model from the hub or a local folder, from safetensors and without remote code.
+
+    Raises SetupError where it cannot be loaded whole, does not know the language, or does not fit the device.
+    """
+    from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
+
+    local = os.path.isdir(name)
+    if not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise SetupError(f"--model {name}: no such folder, nor the form of a model id (owner/name)")
+    try:
+        kind = WhisperConfig.get_config_dict(name)[0].get("model_type")
+        if kind != "whisper":
+            raise ValueError(f"a model of type {kind}, not whisper")
+        languages = getattr(GenerationConfig.from_pretrained(name), "lang_to_id", {})
+        if f"<|{language}|>" not in languages:
+            known = " ".join(sorted(token.strip("<|>") for token in languages)) or "none (it is not multilingual)"
+            raise SetupError(f"--language {language}: not a language of {name}, which knows {known}")
+        processor = WhisperProcessor.from_pretrained(name)
+        model, report = WhisperForConditionalGeneration.from_pretrained(
+            name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+        )
+        if bad := [*report["missing_keys"], *report["mismatched_keys"]]:
+            raise ValueError(f"{len(bad)} weights are missing or of another shape, among them {bad[0]}")
+    except SetupError:
+        raise
+    except Exception as error:  # broken files raise OSError, ValueError, KeyError, SafetensorError and others
+        remedy = "check that the folder holds the whole model" if local else (
+            "without access to huggingface.co set HF_ENDPOINT=https://hf-mirror.com, name a local folder with "
+            "--model, or set HF_HUB_OFFLINE=1 to use the files already downloaded"
+        )  # fmt: skip
+        raise SetupError(f"cannot load the model {name}: {first_line(error)} ({remedy})") from error
+    with device_errors(device):
+        model.eval().to(device)
+        suppress = suppress_bias(model.generation_config, model.config.vocab_size, device)
+    # generate fills in from here what is None in a config passed to it, so they are cleared here.
+    model.generation_config.suppress_tokens = model.generation_config.begin_suppress_tokens = None
+    return Recognizer(model, processor, suppress)
+
+
+# --- Audio ---
+
+
+def check_file(path: str) -> None:
+    """Raise AudioError where there is no file that could hold audio."""
+    if not os.path.isfile(path):
+        raise AudioError("not a regular file" if os.path.exists(path) else "no such file or folder")
+    if os.path.getsize(path) == 0:
+        raise AudioError("empty (0 bytes)")
+    if not os.access(path, os.R_OK):
+        raise AudioError("no permission to read it")
+
+
+def audio_duration(path: str) -> float | None:
+    """Seconds of audio that a file's header promises; None where libsndfile cannot tell."""
+    try:
+        return soundfile.info(path).duration
+    except (soundfile.SoundFileError, TypeError, OSError):
+        return None
+
+
+def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples of an audio file, mixed down, second by second: (sampling rate in Hz, (n,) float32), at least once.
+
+    What libsndfile cannot open goes through the ffmpeg program. Raises AudioError.
+    """
+    check_file(path)
+    try:
+        with open(path, "rb") as file, soundfile.SoundFile(file) as sound:
+            yield from sound_blocks(sound)
+    except OSError as error:
+        raise AudioError(error.strerror or first_line(error)) from error
+    except soundfile.LibsndfileError as error:
+        if shutil.which("ffmpeg") is None:
+            raise AudioError(
+                f"not audio that libsndfile reads ({error.error_string.rstrip('.')}); for m4a, mp4, webm and others "
+                "put the ffmpeg program on the PATH"
+            ) from error
+        yield from ffmpeg_blocks(path)
+
+
+def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples of an open file, as read_blocks gives them. Raises AudioError where they are not all there."""
+    rate, n_read = sound.samplerate, 0
+    try:
+        while len(block := sound.read(rate, dtype="float32", always_2d=True)):
+            if not np.isfinite(block).all():
+                raise AudioError(f"NaN or infinite samples in the second after {n_read / rate:.0f} s")
+            n_read += len(block)
+            yield rate, block.mean(axis=1)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"damaged after {n_read / rate:.0f} s: {error.error_string.rstrip('.')}") from error
+    if n_read == 0:
+        raise AudioError("no audio in it (0 samples)")
+    if sound.seekable() and n_read < sound.frames:
+        raise AudioError(f"cut short: {n_read} of {sound.frames} samples are there")
+
+
+def ffmpeg_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples of whatever ffmpeg reads, as read_blocks gives them."""
+    # file: keeps a name like concat:x from being taken for a protocol; a w64 stream may be of any length.
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}", "-map", "0:a:0"]
+    command += ["-c:a", "pcm_f32le", "-f", "w64", "pipe:1"]
+    with (
+        tempfile.TemporaryFile() as messages,  # a pipe that nobody reads could block ffmpeg
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process,
+    ):
+        try:
+            with soundfile.SoundFile(process.stdout.fileno(), closefd=False) as sound:
+                yield from sound_blocks(sound)
+            failed = process.wait() != 0
+        except soundfile.LibsndfileError:  # ffmpeg wrote nothing
+            failed = True
+        finally:
+            process.kill()
+        if failed:
+            process.wait()
+            messages.seek(0)
+            lines = messages.read().decode(errors="replace").strip().splitlines() or ["without a message"]
+            raise AudioError(f"ffmpeg cannot read it: {lines[-1]}")
+
+
+def levels(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """Mean square of a waveform without its offset, over LEVEL_WINDOW_S, every LEVEL_HOP_S: (n >= 1,) float64."""
+    hop = min(len(waveform), max(1, round(LEVEL_HOP_S * rate)))
+    frames = waveform[: len(waveform) // hop * hop].reshape(-1, hop)
+    energy = np.var(frames, axis=1, dtype=np.float64)
+    window = min(len(energy), round(LEVEL_WINDOW_S / LEVEL_HOP_S))
+    return np.convolve(energy, np.full(window, 1 / window), "valid")
+
+
+def quietest_cut(waveform: np.ndarray, rate: int) -> int:
+    """Index of the quietest moment in the latter half of a waveform; of equally quiet ones the last."""
+    half = len(waveform) // 2
+    level = levels(waveform[half:], rate)
+    quietest = len(level) - 1 - int(np.argmin(level[::-1]))
+    return half + round((quietest * LEVEL_HOP_S + LEVEL_WINDOW_S / 2) * rate)
+
+
+def split_at_pauses(
+    blocks: Iterable[np.ndarray], rate: int, chunk_length_s: float, window_s: float
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Chunks that tile the blocks without gap or overlap: (index of the first sample, waveform).
+
+    Audio that fits a window of window_s seconds is one chunk. Of longer audio, each stretch of chunk_length_s
+    seconds is cut at the quietest moment of its latter half. Little more than a window is held in memory.
+    """
+    longest, window = round(chunk_length_s * rate), round(window_s * rate)
+    tail = min(longest // 2, round(SHORTEST_TAIL_S * rate))
+    blocks, ended = iter(blocks), False
+    buffer, start = np.empty(0, np.float32), 0
+    while not ended:
+        held, n_held = [buffer], len(buffer)
+        while n_held <= window + tail and not ended:
+            block = next(blocks, None)
+            ended = block is None
+            if not ended:
+                held.append(block)
+                n_held += len(block)
+        buffer = np.concatenate(held)
+        limit = window if ended and start == 0 else longest
+        while len(buffer) > limit + (0 if ended else tail):
+            cut = quietest_cut(buffer[: min(longest, len(buffer) - tail)], rate)
+            yield start, buffer[:cut]
+            start, buffer = start + cut, buffer[cut:]
+    if len(buffer):
+        yield start, buffer
+
+
+def read_chunks(path: str, extractor, chunk_length_s: float) -> Iterator[tuple[float, float, np.ndarray | None]]:
+    """The chunks of an audio file: start and end in seconds, waveform (n_samples,) float32 at the extractor's rate.
+
+    The waveform is None where nothing in the chunk is louder than SILENCE_DBFS. Raises AudioError.
+    """
+    blocks = read_blocks(path)
+    rate, first_block = next(blocks)
+    blocks = itertools.chain([first_block], (block for _, block in blocks))
+    for first, chunk in split_at_pauses(blocks, rate, chunk_length_s, extractor.chunk_length):
+        start, end = first / rate, (first + len(chunk)) / rate
+        if levels(chunk, rate).max() < 10 ** (SILENCE_DBFS / 10):
+            yield start, end, None
+        elif rate == extractor.sampling_rate:
+            yield start, end, chunk
+        else:
+            import librosa
+
+            yield start, end, librosa.resample(chunk, orig_sr=rate, target_sr=extractor.sampling_rate)
+
+
+# --- Transcription ---
+
+
+def extract_features(processor: WhisperProcessor, waveform: np.ndarray) -> BatchFeature:
+    """input_features (1, n_mels, n_frames) float32, log-mel, and attention_mask (1, n_frames), on the CPU.
+
+    Raises ValueError where the waveform does not fit the model's window, which would cut it off.
+    """
+    extractor = processor.feature_extractor
+    if len(waveform) > extractor.n_samples:
+        raise ValueError(f"{len(waveform)} samples do not fit a window of {extractor.n_samples}")
+    return processor(waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt", return_attention_mask=True)
+
+
+def generate(
+    recognizer: Recognizer, features: list[BatchFeature], language: str, task: str, max_new_tokens: int
+) -> list[list[int]]:
+    """Decode a batch greedily: the token ids of each row, without the prompt, to the end-of-text id or the limit.
+
+    Raises SetupError where the device fails.
+    """
+    import torch
+
+    model = recognizer.model
+    with torch.inference_mode(), device_errors(model.device):
+        token_ids = model.generate(
+            input_features=torch.cat([row.input_features for row in features]).to(model.device, model.dtype),
+            attention_mask=torch.cat([row.attention_mask for row in features]).to(model.device),
+            language=language, task=task, return_timestamps=False, max_new_tokens=max_new_tokens,
+            do_sample=False, num_beams=1, logits_processor=[recognizer.suppress],
+            force_unique_generate_call=True,  # else a timestamp token makes it decode the window once more
+        )  # fmt: skip
+        rows = [row[PROMPT_LENGTH:] for row in token_ids.tolist()]
+    end = model.generation_config.eos_token_id
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+
+def ahead(items: Iterable) -> Iterator:
+    """The same items, each made in a background thread while the caller works on the one before."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        future = thread.submit(next, iterator, end)
+        while (item := future.result()) is not end:
+            future = thread.submit(next, iterator, end)
+            yield item
+
+
+def prepare(
+    paths: Iterable[str], processor: WhisperProcessor, chunk_length_s: float, batch_size: int
+) -> Iterator[list[tuple]]:
+    """Batches with up to batch_size chunks to decode, of several files: lists of (transcript, segment, features).
+
+    features is None where the chunk is silent, segment too at the end of a file.
+    """
+    batch, n_features = [], 0
+    for path in paths:
+        transcript = Transcript(path)
+        try:
+            for start, end, waveform in read_chunks(path, processor.feature_extractor, chunk_length_s):
+                features = None if waveform is None else extract_features(processor, waveform)
+                batch.append((transcript, Segment(start, end), features))
+                n_features += features is not None
+                if n_features == batch_size:
+                    yield batch
+                    batch, n_features = [], 0
+        except AudioError as error:
+            transcript.error = str(error)
+        batch.append((transcript, None, None))
+    yield batch
+
+
+def transcribe(
+    recognizer: Recognizer, paths: Iterable[str], language: str, task: str, max_new_tokens: int,
+    chunk_length_s: float, batch_size: int, on_progress: Callable[[float], None] = lambda seconds: None,
+) -> Iterator[Transcript]:  # fmt: skip
+    """The transcript of each file, in order. on_progress is told the seconds of audio done since it was last called.
+
+    Chunks of several files share a batch, and while one batch is decoded the next is read. Raises SetupError.
+    """
+    tokenizer = recognizer.processor.tokenizer
+    for batch in ahead(prepare(paths, recognizer.processor, chunk_length_s, batch_size)):
+        features = [row for _, _, row in batch if row is not None]
+        rows = iter(generate(recognizer, features, language, task, max_new_tokens) if features else ())
+        for transcript, segment, row in batch:
+            if segment is None:
+                yield transcript
+                continue
+            transcript.duration = segment.end
+            if row is None:
+                transcript.silent += 1
+            else:
+                token_ids = next(rows)
+                segment.text = tokenizer.decode(token_ids, skip_special_tokens=True).replace("\n", " ").strip()
+                data = segment.text.encode()
+                segment.compression_ratio = len(data) / len(zlib.compress(data))
+                segment.token_limit = token_ids[-1] != tokenizer.eos_token_id
+                transcript.segments.append(segment)
+            on_progress(segment.end - segment.start)
