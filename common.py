@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +27,7 @@ import soundfile
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BatchFeature, WhisperForConditionalGeneration, WhisperProcessor
+    import transformers
 
 MODEL = "kotoba-tech/kotoba-whisper-v2.0"
 PROMPT_LENGTH = 4  # <|startoftranscript|>, language, task, <|notimestamps|>
@@ -75,11 +75,12 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Recognizer:
-    """A model on its device, its processor, and the logits processor made by suppress_bias."""
+    """A model on its device, its feature extractor and tokenizer, and the bias that suppress_bias describes."""
 
-    model: WhisperForConditionalGeneration
-    processor: WhisperProcessor
-    suppress: Callable
+    model: transformers.WhisperForConditionalGeneration
+    extractor: transformers.WhisperFeatureExtractor
+    tokenizer: transformers.WhisperTokenizerFast
+    bias: torch.Tensor
 
 
 # --- Options ---
@@ -204,24 +205,39 @@ def device_errors(device: torch.device) -> Iterator[None]:
         raise SetupError(f"{device} failed: {first_line(error)} ({remedy})") from error
 
 
-def suppress_bias(generation_config, n_vocab: int, device: torch.device) -> Callable:
-    """A logits processor that adds -inf to what the config suppresses; the same token ids as transformers' two.
+def suppress_bias(generation_config, n_vocab: int) -> torch.Tensor:
+    """What to add to the scores of the first token and to those of the others: (2, n_vocab) float32, 0 or -inf.
 
-    Those compute torch.isin over the whole vocabulary at every token, for which an NPU sorts it on its host.
+    It takes the place of two logits processors of transformers, which compute torch.isin over the whole vocabulary at
+    every token, for which an NPU sorts it on its host. The token ids are the same.
     """
     import torch
-    from transformers import LogitsProcessor
 
-    biases = torch.zeros(2, n_vocab)  # of the first token, and of the others
-    biases[:, generation_config.suppress_tokens or []] = -float("inf")
-    biases[0, generation_config.begin_suppress_tokens or []] = -float("inf")
-    first, later = biases.to(device)
+    bias = torch.zeros(2, n_vocab)
+    bias[:, generation_config.suppress_tokens or []] = -float("inf")
+    bias[0, generation_config.begin_suppress_tokens or []] = -float("inf")
+    # generate would make processors of them, and takes them from here even where it is passed a config without.
+    generation_config.suppress_tokens = generation_config.begin_suppress_tokens = None
+    return bias
 
-    class SuppressBias(LogitsProcessor):
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            return scores + (first if input_ids.shape[1] == PROMPT_LENGTH else later)
 
-    return SuppressBias()
+def download_model(name: str) -> str:
+    """The folder with the files of a model on the hub, downloaded if they are not there yet. Raises SetupError."""
+    import huggingface_hub
+
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise SetupError(f"--model {name}: no such folder, nor the form of a model id (owner/name)")
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    patterns = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+    except Exception as error:  # the network raises whatever it likes
+        raise SetupError(
+            f"cannot download the model {name}: {first_line(error)} Without access to huggingface.co set "
+            "HF_ENDPOINT=https://hf-mirror.com, name a local folder with --model, or set HF_HUB_OFFLINE=1 to use what "
+            "was downloaded before."
+        ) from error
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype, language: str = "ja") -> Recognizer:
@@ -231,37 +247,68 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, language: st
     """
     from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
-    local = os.path.isdir(name)
-    if not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise SetupError(f"--model {name}: no such folder, nor the form of a model id (owner/name)")
+    folder = name if os.path.isdir(name) else download_model(name)
     try:
-        kind = WhisperConfig.get_config_dict(name)[0].get("model_type")
+        kind = WhisperConfig.get_config_dict(folder)[0].get("model_type")
         if kind != "whisper":
             raise ValueError(f"a model of type {kind}, not whisper")
-        languages = getattr(GenerationConfig.from_pretrained(name), "lang_to_id", {})
+        languages = getattr(GenerationConfig.from_pretrained(folder), "lang_to_id", {})
         if f"<|{language}|>" not in languages:
             known = " ".join(sorted(token.strip("<|>") for token in languages)) or "none (it is not multilingual)"
             raise SetupError(f"--language {language}: not a language of {name}, which knows {known}")
-        processor = WhisperProcessor.from_pretrained(name)
+        processor = WhisperProcessor.from_pretrained(folder)
         model, report = WhisperForConditionalGeneration.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
         )
         if bad := [*report["missing_keys"], *report["mismatched_keys"]]:
             raise ValueError(f"{len(bad)} weights are missing or of another shape, among them {bad[0]}")
     except SetupError:
         raise
     except Exception as error:  # broken files raise OSError, ValueError, KeyError, SafetensorError and others
-        remedy = "check that the folder holds the whole model" if local else (
-            "without access to huggingface.co set HF_ENDPOINT=https://hf-mirror.com, name a local folder with "
-            "--model, or set HF_HUB_OFFLINE=1 to use the files already downloaded"
-        )  # fmt: skip
-        raise SetupError(f"cannot load the model {name}: {first_line(error)} ({remedy})") from error
+        raise SetupError(f"cannot load the model {name}: {first_line(error)} (is it whole?)") from error
+    bias = suppress_bias(model.generation_config, model.config.vocab_size)
+    return move(Recognizer(model.eval(), processor.feature_extractor, processor.tokenizer, bias), device, dtype)
+
+
+def move(recognizer: Recognizer, device: torch.device, dtype: torch.dtype) -> Recognizer:
+    """The same weights on another device; the model is moved, not copied. Raises SetupError where it does not fit."""
     with device_errors(device):
-        model.eval().to(device)
-        suppress = suppress_bias(model.generation_config, model.config.vocab_size, device)
-    # generate fills in from here what is None in a config passed to it, so they are cleared here.
-    model.generation_config.suppress_tokens = model.generation_config.begin_suppress_tokens = None
-    return Recognizer(model, processor, suppress)
+        return replace(recognizer, model=recognizer.model.to(device, dtype), bias=recognizer.bias.to(device))
+
+
+class TokenIds:
+    """In the place of a tokenizer where there is none: the text is the token ids."""
+
+    eos_token_id = 50257
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        """The ids in decimal, separated by spaces."""
+        return " ".join(map(str, token_ids))
+
+
+def random_recognizer(device: torch.device, dtype: torch.dtype) -> Recognizer:
+    """The exact architecture of kotoba-whisper-v2.0 with seeded random weights: speed and numerics without a download.
+
+    Architecture and special ids are those of its config.json and of whisper-large-v3's generation_config.json.
+    """
+    import torch
+    from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+    from transformers.models.whisper.configuration_whisper import NON_SPEECH_TOKENS_MULTI
+
+    torch.manual_seed(0)
+    ends = {"pad_token_id": 50256, "bos_token_id": 50257, "eos_token_id": 50257, "decoder_start_token_id": 50258}
+    model = WhisperForConditionalGeneration(WhisperConfig(
+        vocab_size=51866, num_mel_bins=128, d_model=1280, encoder_layers=32, decoder_layers=2,
+        encoder_attention_heads=20, decoder_attention_heads=20, encoder_ffn_dim=5120, decoder_ffn_dim=5120, **ends,
+    ))  # fmt: skip
+    model.generation_config = GenerationConfig(
+        is_multilingual=True, lang_to_id={"<|ja|>": 50266}, task_to_id={"translate": 50359, "transcribe": 50360},
+        no_timestamps_token_id=50364, prev_sot_token_id=50362, return_timestamps=False, max_length=448,
+        suppress_tokens=[t for t in NON_SPEECH_TOKENS_MULTI if t < 50257] + [50258, *range(50359, 50364)],
+        begin_suppress_tokens=[220, 50257], **ends,
+    )  # fmt: skip
+    bias = suppress_bias(model.generation_config, model.config.vocab_size)
+    return move(Recognizer(model.eval(), WhisperFeatureExtractor(feature_size=128), TokenIds(), bias), device, dtype)
 
 
 # --- Audio ---
@@ -292,7 +339,8 @@ def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
     """
     check_file(path)
     try:
-        with open(path, "rb") as file, soundfile.SoundFile(file) as sound:
+        # By descriptor: given a name, soundfile takes x.raw for audio without a header.
+        with open(path, "rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
             yield from sound_blocks(sound)
     except OSError as error:
         raise AudioError(error.strerror or first_line(error)) from error
@@ -306,7 +354,7 @@ def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of an open file, as read_blocks gives them. Raises AudioError where they are not all there."""
+    """The samples of an open file, as read_blocks gives them. Raises AudioError."""
     rate, n_read = sound.samplerate, 0
     try:
         while len(block := sound.read(rate, dtype="float32", always_2d=True)):
@@ -318,8 +366,6 @@ def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]
         raise AudioError(f"damaged after {n_read / rate:.0f} s: {error.error_string.rstrip('.')}") from error
     if n_read == 0:
         raise AudioError("no audio in it (0 samples)")
-    if sound.seekable() and n_read < sound.frames:
-        raise AudioError(f"cut short: {n_read} of {sound.frames} samples are there")
 
 
 def ffmpeg_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -334,16 +380,17 @@ def ffmpeg_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
         try:
             with soundfile.SoundFile(process.stdout.fileno(), closefd=False) as sound:
                 yield from sound_blocks(sound)
-            failed = process.wait() != 0
-        except soundfile.LibsndfileError:  # ffmpeg wrote nothing
-            failed = True
+        except soundfile.LibsndfileError:
+            pass  # ffmpeg wrote nothing, and says why
+        else:
+            process.wait()
         finally:
             process.kill()
-        if failed:
-            process.wait()
-            messages.seek(0)
-            lines = messages.read().decode(errors="replace").strip().splitlines() or ["without a message"]
-            raise AudioError(f"ffmpeg cannot read it: {lines[-1]}")
+        messages.seek(0)
+        lines = messages.read().decode(errors="replace").strip().splitlines()
+        if lines or process.wait() != 0:  # ffmpeg goes on past some damage, and then its status is 0
+            reason = lines[-1] if lines else "ffmpeg does not say why"
+            raise AudioError(f"damaged, or not audio ({reason}); ffmpeg -i FILE x.wav saves what can be saved")
 
 
 def levels(waveform: np.ndarray, rate: int) -> np.ndarray:
@@ -416,37 +463,44 @@ def read_chunks(path: str, extractor, chunk_length_s: float) -> Iterator[tuple[f
 # --- Transcription ---
 
 
-def extract_features(processor: WhisperProcessor, waveform: np.ndarray) -> BatchFeature:
+def extract_features(
+    extractor: transformers.WhisperFeatureExtractor, waveform: np.ndarray
+) -> transformers.BatchFeature:
     """input_features (1, n_mels, n_frames) float32, log-mel, and attention_mask (1, n_frames), on the CPU.
 
     Raises ValueError where the waveform does not fit the model's window, which would cut it off.
     """
-    extractor = processor.feature_extractor
     if len(waveform) > extractor.n_samples:
         raise ValueError(f"{len(waveform)} samples do not fit a window of {extractor.n_samples}")
-    return processor(waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt", return_attention_mask=True)
+    return extractor(waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt", return_attention_mask=True)
 
 
 def generate(
-    recognizer: Recognizer, features: list[BatchFeature], language: str, task: str, max_new_tokens: int
+    recognizer: Recognizer, features: list[transformers.BatchFeature], language: str, task: str, max_new_tokens: int
 ) -> list[list[int]]:
     """Decode a batch greedily: the token ids of each row, without the prompt, to the end-of-text id or the limit.
 
     Raises SetupError where the device fails.
     """
     import torch
+    from transformers import LogitsProcessor
 
-    model = recognizer.model
+    model, (first_bias, later_bias) = recognizer.model, recognizer.bias
+
+    class Suppress(LogitsProcessor):
+        def __call__(self, token_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return scores + (first_bias if token_ids.shape[1] == PROMPT_LENGTH else later_bias)
+
     with torch.inference_mode(), device_errors(model.device):
         token_ids = model.generate(
             input_features=torch.cat([row.input_features for row in features]).to(model.device, model.dtype),
             attention_mask=torch.cat([row.attention_mask for row in features]).to(model.device),
             language=language, task=task, return_timestamps=False, max_new_tokens=max_new_tokens,
-            do_sample=False, num_beams=1, logits_processor=[recognizer.suppress],
+            do_sample=False, num_beams=1, logits_processor=[Suppress()],
             force_unique_generate_call=True,  # else a timestamp token makes it decode the window once more
         )  # fmt: skip
         rows = [row[PROMPT_LENGTH:] for row in token_ids.tolist()]
-    end = model.generation_config.eos_token_id
+    end = recognizer.tokenizer.eos_token_id
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
@@ -461,7 +515,7 @@ def ahead(items: Iterable) -> Iterator:
 
 
 def prepare(
-    paths: Iterable[str], processor: WhisperProcessor, chunk_length_s: float, batch_size: int
+    paths: Iterable[str], extractor: transformers.WhisperFeatureExtractor, chunk_length_s: float, batch_size: int
 ) -> Iterator[list[tuple]]:
     """Batches with up to batch_size chunks to decode, of several files: lists of (transcript, segment, features).
 
@@ -471,8 +525,8 @@ def prepare(
     for path in paths:
         transcript = Transcript(path)
         try:
-            for start, end, waveform in read_chunks(path, processor.feature_extractor, chunk_length_s):
-                features = None if waveform is None else extract_features(processor, waveform)
+            for start, end, waveform in read_chunks(path, extractor, chunk_length_s):
+                features = None if waveform is None else extract_features(extractor, waveform)
                 batch.append((transcript, Segment(start, end), features))
                 n_features += features is not None
                 if n_features == batch_size:
@@ -492,8 +546,8 @@ def transcribe(
 
     Chunks of several files share a batch, and while one batch is decoded the next is read. Raises SetupError.
     """
-    tokenizer = recognizer.processor.tokenizer
-    for batch in ahead(prepare(paths, recognizer.processor, chunk_length_s, batch_size)):
+    tokenizer = recognizer.tokenizer
+    for batch in ahead(prepare(paths, recognizer.extractor, chunk_length_s, batch_size)):
         features = [row for _, _, row in batch if row is not None]
         rows = iter(generate(recognizer, features, language, task, max_new_tokens) if features else ())
         for transcript, segment, row in batch:

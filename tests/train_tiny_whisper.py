@@ -31,11 +31,13 @@ SAMPLING_RATE = 16_000
 EOT, SOT, PREVIOUS, NO_SPEECH = "<|endoftext|>", "<|startoftranscript|>", "<|startofprev|>", "<|nospeech|>"
 TASKS, NO_TIMESTAMPS = ("<|translate|>", "<|transcribe|>"), "<|notimestamps|>"
 PROMPT = (SOT, "<|ja|>", "<|transcribe|>", NO_TIMESTAMPS)
-# Share of the steps, then the mix of (window s, batch size, fewest kana, most kana) that its steps go through.
+# Steps, learning rate at their start and end, whether the texts grow longer on the way, and the mix of (window s,
+# batch size, fewest kana, most kana) that the steps take turns in.
 PHASES = [
-    (0.34, [(4, 32, 1, 9)]),
-    (0.22, [(10, 16, 4, 24)]),
-    (0.44, [(5, 24, 1, 11), (15, 12, 1, 36), (15, 12, 12, 36), (15, 12, 1, 36), (30, 6, 1, 40)]),
+    (2200, 1.5e-3, 1.5e-3, True, [(4, 32, 1, 9)]),
+    (1400, 1.5e-3, 1.5e-3, True, [(10, 16, 4, 24)]),
+    (2900, 1.5e-3, 5e-5, True, [(5, 24, 1, 11), (15, 12, 1, 36), (15, 12, 12, 36), (15, 12, 1, 36), (30, 6, 1, 40)]),
+    (2600, 1e-3, 1e-5, False, [(15, 12, 1, 28), (15, 12, 10, 28), (15, 12, 1, 34), (30, 6, 1, 30)]),
 ]
 
 
@@ -147,24 +149,23 @@ def batch(rng, tokenizer, extractor, window_s: int, size: int, fewest: int, most
     return torch.stack(features), token_ids, predicted
 
 
-def train(model, tokenizer, n_steps: int, seed: int) -> None:
-    """Teacher-forced cross-entropy through PHASES; prints the loss as it goes."""
+def train(model, tokenizer, phases: list[tuple], seed: int) -> None:
+    """Teacher-forced cross-entropy through the phases; prints the loss as it goes."""
     rng = np.random.default_rng(seed)
     positions = model.model.encoder.embed_positions.weight.detach().clone()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.98))
     model.train()
     step, start, losses = 0, time.monotonic(), {}
-    for share, mix in PHASES:
-        n_phase = max(1, round(share * n_steps))
+    for n_phase, first_rate, last_rate, lengthen, mix in phases:
         for i in range(n_phase):
             window_s, size, fewest, most = mix[i % len(mix)]
-            # Lengthen the texts over the first two thirds of a phase, once the short ones are read.
-            most = fewest + round((most - fewest) * min(1.0, max(0.0, (i / n_phase - 0.15) / 0.5)))
+            if lengthen:
+                most = fewest + round((most - fewest) * min(1.0, max(0.0, (i / n_phase - 0.15) / 0.5)))
             set_window(model, positions, window_s)
             extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=window_s)
             for group in optimizer.param_groups:
-                group["lr"] = 1.5e-3 * min(1, (step + 1) / 200) * min(1, max(0.02, (n_steps - step) / (0.4 * n_steps)))
+                group["lr"] = min(1, (step + 1) / 200) * (first_rate + (last_rate - first_rate) * i / n_phase)
             features, token_ids, predicted = batch(rng, tokenizer, extractor, window_s, size, fewest, most)
             logits = model(input_features=features, decoder_input_ids=token_ids[:, :-1]).logits
             loss = torch.nn.functional.cross_entropy(logits[predicted[:, 1:]], token_ids[:, 1:][predicted[:, 1:]])
@@ -195,15 +196,23 @@ def exact_transcripts(model, processor, n_kana: int, trials: int = 20, seed: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", help="folder to save the model and the processor in")
-    parser.add_argument("--steps", type=int, default=6500, help="training steps in all (default: %(default)s)")
+    parser.add_argument("--start", metavar="FOLDER", help="a model after all phases but the last, to go on with")
+    parser.add_argument("--steps", type=int, help="steps of each phase (default: as many as the committed model had)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    train(model, tokenizer, args.steps, args.seed)
+    phases = PHASES
+    if args.start:
+        trained = WhisperForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
+        model.load_state_dict(trained.state_dict())
+        phases = PHASES[-1:]
+    if args.steps is not None:
+        phases = [(args.steps, *rest) for _, *rest in phases]
+    train(model, tokenizer, phases, args.seed)
     processor = WhisperProcessor(feature_extractor=WhisperFeatureExtractor(feature_size=128), tokenizer=tokenizer)
-    for n_kana in (1, 3, 6, 12, 18, 25, 30, 36):
+    for n_kana in (1, 3, 6, 12, 18, 22, 26, 30, 36):
         print(f"{n_kana} kana: {exact_transcripts(model, processor, n_kana)} of 20 exact", flush=True)
     model.half().save_pretrained(args.output)
     processor.save_pretrained(args.output)

@@ -1,0 +1,343 @@
+"""inference.py as its users meet it: options, output formats, messages, exit status."""
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import numpy as np
+import pytest
+from conftest import MODEL, ROOT, run, start, write
+from tone_speech import random_text, spoken, synthesize
+
+import common
+import inference
+
+LONG = random_text(np.random.default_rng(7), 100, 7)  # some 50 s
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory):
+    """A folder with hello.wav, long.flac, deep/er/bye.mp3 and things that are not audio."""
+    folder = tmp_path_factory.mktemp("audio")
+    write(folder / "hello.wav", synthesize("こんにちは"))
+    write(folder / "long.flac", synthesize(LONG))
+    (folder / "deep" / "er").mkdir(parents=True)
+    write(folder / "deep" / "er" / "bye.mp3", synthesize("さようなら", 48_000), 48_000)
+    (folder / "notes.txt").write_text("not audio")
+    (folder / ".hidden.wav").write_text("not audio")
+    return folder
+
+
+def one_line(err: str) -> str:
+    assert err.startswith("inference.py: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err
+
+
+# --- formats ---
+
+SEGMENTS = [
+    common.Segment(0.0, 2.5, "こんにちは", 0.8),
+    common.Segment(59.9996, 3599.9996, "a --> b\tc", 3.0, token_limit=True),
+    common.Segment(3600.5, 363600.25, "終わり"),
+]
+TRANSCRIPT = common.Transcript("audio/x.wav", SEGMENTS, 363600.25)
+
+
+@pytest.mark.parametrize(
+    "extension, expected",
+    [
+        ("txt", "こんにちは\na --> b\tc\n終わり\n"),
+        ("tsv", "start\tend\ttext\n0\t2500\tこんにちは\n60000\t3600000\ta --> b c\n3600500\t363600250\t終わり\n"),
+        (
+            "srt",
+            "1\n00:00:00,000 --> 00:00:02,500\nこんにちは\n\n2\n00:01:00,000 --> 01:00:00,000\na -> b\tc\n\n"
+            "3\n01:00:00,500 --> 101:00:00,250\n終わり\n\n",
+        ),
+        (
+            "vtt",
+            "WEBVTT\n\n00:00.000 --> 00:02.500\nこんにちは\n\n01:00.000 --> 01:00:00.000\na -> b\tc\n\n"
+            "01:00:00.500 --> 101:00:00.250\n終わり\n\n",
+        ),
+    ],
+)
+def test_formats_are_those_of_openai_whisper(extension, expected):
+    assert inference.render(TRANSCRIPT, extension, "ja") == expected
+
+
+def test_json():
+    text = inference.render(TRANSCRIPT, "json", "ja")
+    assert "こんにちは" in text and text.count("\n") == 1
+    content = json.loads(text)
+    assert content["text"] == "こんにちはa --> b\tc終わり"
+    assert (content["language"], content["duration"], content["path"]) == ("ja", 363600.25, "audio/x.wav")
+    assert content["segments"][1] == {
+        "id": 1, "start": 60.0, "end": 3600.0, "text": "a --> b\tc", "compression_ratio": 3.0, "token_limit": True,
+        "looping": True,
+    }  # fmt: skip
+    assert not content["segments"][0]["looping"] and not content["segments"][0]["token_limit"]
+
+
+def test_languages_written_with_spaces_keep_them():
+    assert inference.full_text(common.Transcript("", [common.Segment(0, 1, t) for t in "ab"]), "en") == "a b"
+
+
+def test_an_empty_transcript_has_all_formats():
+    empty = common.Transcript("x.wav", [], 5.0, silent=1)
+    rendered = {extension: inference.render(empty, extension, "ja") for extension in inference.FORMATS}
+    assert (rendered["txt"], rendered["srt"], rendered["vtt"]) == ("", "", "WEBVTT\n\n")
+    assert json.loads(rendered["json"])["segments"] == []
+
+
+# --- stdout and files ---
+
+
+def test_one_file_prints_its_text_and_nothing_else(audio, infer):
+    status, out, err = infer("--audio", audio / "hello.wav")
+    assert (status, out) == (0, "こんにちは\n")
+    assert re.fullmatch(
+        r"inference\.py: 1 file, 0 failed; 2\.1 s of audio in [\d.]+ s, RTF [\d.]+ / 2\.1 = [\d.]+ \(and [\d.]+ s to "
+        r"load\) on cpu in float32; chunks: 1 decoded, 0 silent, 0 cut at the token limit, 0 looping\n", err
+    )  # fmt: skip
+
+
+def test_a_long_file_prints_a_line_per_segment(audio, infer):
+    _, out, _ = infer("--audio", audio / "long.flac")
+    assert len(out.splitlines()) >= 4 and out.replace("\n", "") == spoken(LONG)
+
+
+def test_several_files_print_a_line_each_in_input_order(audio, infer):
+    paths = [audio / "long.flac", audio / "hello.wav"]
+    status, out, _ = infer("--audio", *paths)
+    assert (status, out) == (0, f"{paths[0]}\t{spoken(LONG)}\n{paths[1]}\tこんにちは\n")
+
+
+def test_several_files_as_json_lines(audio, infer):
+    _, out, _ = infer("--audio", audio / "long.flac", audio / "hello.wav", "-f", "json")
+    assert [json.loads(line)["text"] for line in out.splitlines()] == [spoken(LONG), "こんにちは"]
+
+
+@pytest.mark.parametrize("extension", ["srt", "vtt", "tsv"])
+def test_subtitles_of_one_file_on_stdout(audio, infer, extension):
+    status, out, _ = infer("--audio", audio / "hello.wav", "-f", extension)
+    assert status == 0 and "こんにちは" in out
+
+
+def test_a_folder_is_searched_and_its_tree_kept(audio, infer, tmp_path):
+    status, out, err = infer("--audio", audio, "-o", tmp_path / "new" / "out", "-f", "all")
+    assert (status, out) == (0, "") and "3 files, 0 failed" in err
+    written = {str(path.relative_to(tmp_path / "new" / "out")) for path in (tmp_path / "new").rglob("*.*")}
+    assert written == {f"{n}.{e}" for n in ("hello", "long", "deep/er/bye") for e in inference.FORMATS}
+    assert (tmp_path / "new/out/deep/er/bye.txt").read_text() == "さようなら\n"
+    [segment] = json.loads((tmp_path / "new/out/hello.json").read_text())["segments"]
+    assert (segment["start"], segment["end"], segment["text"]) == (0.0, 2.1, "こんにちは")
+
+
+def test_a_rerun_overwrites_its_outputs(audio, infer, tmp_path):
+    (tmp_path / "hello.txt").write_text("old and longer than the new text")
+    assert infer("--audio", audio / "hello.wav", "-o", tmp_path)[0] == 0
+    assert (tmp_path / "hello.txt").read_text() == "こんにちは\n"
+    assert (tmp_path / "hello.txt").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("options", [("-f", "srt"), ("-f", "all"), ("-f", "tsv"), ("-f", "vtt")])
+def test_formats_that_need_a_folder_say_so(audio, infer, options):
+    status, out, err = infer("--audio", audio / "long.flac", audio / "hello.wav", *options)
+    assert (status, out) == (2, "") and "needs --output-dir" in one_line(err)
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--batch-size", "0"], "'0' is not a whole number of at least 1"),
+        (["--batch-size", "2.5"], "'2.5' is not a whole number"),
+        (["--max-new-tokens", "445"], "'445' is not a whole number from 1 to 444"),
+        (["--chunk-length", "31"], "'31' is not a number from 1 to 30"),
+        (["--chunk-length", "nan"], "'nan' is not a number from 1 to 30"),
+        (["--device", "gpu"], "'gpu' is not npu, npu:N, cpu, cuda or cuda:N"),
+        (["--device", "npu:"], "'npu:' is not"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--output-format", "docx"], "invalid choice: 'docx'"),
+        (["--task", "summarize"], "invalid choice"),
+    ],
+)
+def test_wrong_options(audio, infer, options, words):
+    status, out, err = infer("--audio", audio / "hello.wav", *options)
+    assert (status, out) == (2, "") and words in err.splitlines()[-1]
+
+
+def test_wrong_options_are_answered_before_torch_is_imported(audio):
+    code = "import sys, inference; sys.argv[1:] = ['--audio', 'x', '--batch-size', '0']\ntry: inference.main()\n"
+    code += "finally: print(sorted({'torch', 'transformers', 'librosa'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "[]\n")
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """The model must not be loaded."""
+    monkeypatch.setattr(common, "load_model", lambda *arguments: pytest.fail("the model was loaded"))
+
+
+def test_inputs_are_checked_before_the_model_is_loaded(tmp_path, infer, no_model):
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "folder").mkdir()
+    for path, words in [("absent.wav", "no such file"), ("empty.wav", "empty"), ("folder", "no audio in this folder")]:
+        status, out, err = infer("--audio", tmp_path / path)
+        assert (status, out) == (1, "") and words in one_line(err) and path in err
+
+
+def test_outputs_are_checked_before_the_model_is_loaded(tmp_path, audio, infer, no_model):
+    (tmp_path / "file").touch()
+    status, _, err = infer("--audio", audio / "hello.wav", "-o", tmp_path / "file")
+    assert status == 2 and "there is a file of that name" in one_line(err)
+    status, _, err = infer("--audio", audio / "hello.wav", "-o", tmp_path / "file" / "below")
+    assert status == 2 and "Not a directory" in one_line(err)
+
+
+def test_two_inputs_with_one_output_are_refused(tmp_path, audio, infer, no_model):
+    write(tmp_path / "hello.flac", synthesize("さ"))
+    status, _, err = infer("--audio", audio / "hello.wav", tmp_path / "hello.flac", "-o", tmp_path)
+    assert status == 2 and f"overwrite {tmp_path / 'hello.txt'}" in one_line(err)
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path, infer, no_model):
+    path = write(tmp_path / "odd.txt", synthesize("さ"), format="WAV")
+    status, _, err = infer("--audio", path, "-o", tmp_path)
+    assert status == 2 and "overwrite" in one_line(err)
+
+
+def test_some_files_failed(tmp_path, audio, infer):
+    (tmp_path / "bad.wav").write_text("not audio")
+    status, out, err = infer("--audio", tmp_path / "bad.wav", tmp_path / "absent.wav", audio / "hello.wav")
+    assert (status, out) == (1, f"{audio / 'hello.wav'}\tこんにちは\n")
+    absent, bad, closing = err.splitlines()
+    assert "absent.wav: no such file" in absent and "bad.wav: not audio" in bad and "3 files, 2 failed" in closing
+
+
+def test_an_output_that_cannot_be_written_fails_its_file(tmp_path, audio, infer):
+    (tmp_path / "hello.txt").mkdir()
+    status, _, err = infer("--audio", audio, "-o", tmp_path)
+    assert status == 1 and "hello.txt: Is a directory" in err and "3 files, 1 failed" in err
+    assert (tmp_path / "long.txt").exists() and not list(tmp_path.rglob("*.part"))
+
+
+def test_a_model_that_is_not_there(audio):
+    for model, words in [
+        ("no/such/folder", "no such folder"),
+        ("./nowhere", "no such folder"),
+        ("someone/some-model", "HF_ENDPOINT=https://hf-mirror.com"),
+    ]:
+        result = run("inference.py", "--audio", audio / "hello.wav", "--device", "cpu", "--model", model)
+        assert (result.returncode, result.stdout) == (2, "") and words in one_line(result.stderr)
+    assert "--model" in result.stderr and "HF_HUB_OFFLINE=1" in result.stderr
+
+
+def test_an_unknown_language(audio, infer):
+    status, out, err = infer("--audio", audio / "hello.wav", "--language", "jp")
+    assert (status, out) == (2, "") and "--language jp" in one_line(err)
+
+
+def test_translate_says_that_the_model_does_not(audio, infer):
+    status, _, err = infer("--audio", audio / "hello.wav", "--task", "translate")
+    assert status == 0 and err.count("kotoba-whisper-bilingual-v1.0") == 1
+
+
+# --- how it ends ---
+
+
+def test_head_ends_it_quietly(audio):
+    command = f"{sys.executable} inference.py --device cpu --model {MODEL} --audio {audio} {audio} {audio} | head -n 1"
+    command += "; exit ${PIPESTATUS[0]}"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.count("\n") == 1 and result.returncode in (0, 141)
+    assert [line for line in result.stderr.splitlines() if "9 files, 0 failed" not in line] == []
+
+
+def test_a_full_stdout_is_an_error(audio):
+    with open("/dev/full", "w") as full:
+        result = run("inference.py", "--audio", audio / "hello.wav", "--device", "cpu", "--model", MODEL, stdout=full)
+    assert result.returncode == 2 and "cannot write to stdout: No space left on device" in one_line(result.stderr)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A folder with 300 files of a few seconds."""
+    folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(8)
+    for i in range(300):
+        write(folder / f"{i:03d}.wav", synthesize(random_text(rng, 8)))
+    return folder
+
+
+def wait_for_output(process: subprocess.Popen, folder, count: int = 1) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("*.json"))) < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_interrupt(many, tmp_path):
+    process = start("inference.py", "--audio", many, "-o", tmp_path, "-f", "json", "--device", "cpu", "--model", MODEL)
+    wait_for_output(process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "inference.py: interrupted\n")
+
+
+def test_a_killed_run_leaves_whole_files_or_none(many, tmp_path):
+    process = start("inference.py", "--audio", many, "-o", tmp_path, "-f", "json", "--device", "cpu", "--model", MODEL)
+    wait_for_output(process, tmp_path, 20)
+    process.kill()
+    process.communicate()
+    written = list(tmp_path.glob("*.json"))
+    assert 20 <= len(written) < 300
+    assert all(json.loads(path.read_text())["text"] for path in written)
+
+
+def on_terminal(*arguments: str) -> str:
+    """What inference.py shows on a terminal's stderr."""
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 100))
+    process = start("inference.py", *arguments, "--device", "cpu", "--model", MODEL, stderr=child)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            data = os.read(parent, 4096)
+        except OSError:  # the other end is closed
+            data = b""
+        if not data:
+            break
+        shown += data
+    os.close(parent)
+    process.communicate()
+    assert process.returncode == 0
+    return shown.decode()
+
+
+def test_a_progress_bar_in_seconds_of_audio(audio):
+    assert re.search(r"100%\|.*\| 5\d of 5\d s of audio", on_terminal("--audio", audio / "long.flac"))
+    assert "s of audio [" not in on_terminal("--audio", audio / "hello.wav")
+
+
+def test_help_states_every_option_and_default():
+    result = run("inference.py", "--help")
+    for option in ("audio", "language", "task", "device", "dtype", "model", "max-new-tokens", "chunk-length",
+                   "batch-size", "output-dir", "output-format"):  # fmt: skip
+        assert f"--{option}" in result.stdout
+    text = " ".join(result.stdout.split())
+    assert text.count("default:") == 10 and "(default: kotoba-tech/kotoba-whisper-v2.0)" in text
+    assert result.returncode == 0
