@@ -8,8 +8,11 @@ is answered before.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import itertools
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -18,7 +21,6 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     import transformers
 
 MODEL = "kotoba-tech/kotoba-whisper-v2.0"
+CHUNK_LENGTH_S = 15.0  # what the model's authors use
 PROMPT_LENGTH = 4  # <|startoftranscript|>, language, task, <|notimestamps|>
 MAX_NEW_TOKENS = 448 - PROMPT_LENGTH  # every Whisper decoder has 448 positions
 SILENCE_DBFS = -60.0  # speech is louder, the noise of a quiet 16-bit recording is not
@@ -194,7 +197,7 @@ def select_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-@contextmanager
+@contextlib.contextmanager
 def device_errors(device: torch.device) -> Iterator[None]:
     """Turn what torch raises where a device is full or lost into a SetupError."""
     try:
@@ -311,7 +314,38 @@ def random_recognizer(device: torch.device, dtype: torch.dtype) -> Recognizer:
     return move(Recognizer(model.eval(), WhisperFeatureExtractor(feature_size=128), TokenIds(), bias), device, dtype)
 
 
+def environment(device: torch.device) -> dict[str, object]:
+    """The versions, the device and the settings that a measurement depends on."""
+    import torch
+    import transformers
+
+    name, hf32, cann = platform.machine(), None, None
+    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    if device.type != "cpu":
+        name = getattr(torch, device.type).get_device_name(device.index)
+    if device.type == "npu":
+        hf32 = {"matmul": torch.npu.matmul.allow_hf32, "conv": torch.npu.conv.allow_hf32}
+        with contextlib.suppress(AttributeError):
+            cann = sys.modules["torch_npu"].npu.utils.get_cann_version()
+    torch_npu = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        torch_npu = importlib.metadata.version("torch-npu")
+    return {
+        "device": str(device), "device_name": name, "allow_hf32": hf32, "python": platform.python_version(),
+        "torch": torch.__version__, "torch_npu": torch_npu, "cann": cann, "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(), "cpus": len(os.sched_getaffinity(0)),
+    }  # fmt: skip
+
+
 # --- Audio ---
+
+
+def sweep(rate: int) -> np.ndarray:
+    """The default input of the evaluations: a sine from 200 to 800 Hz in three seconds, (3 * rate,) float32."""
+    t = np.arange(3 * rate) / rate
+    return (0.5 * np.sin(2 * np.pi * (200 * t + 100 * t**2))).astype(np.float32)
 
 
 def check_file(path: str) -> None:

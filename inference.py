@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     common.add_model_options(add)
     add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=256, metavar="N",
         help=f"token limit of a chunk, 1 to {common.MAX_NEW_TOKENS} (default: %(default)s)")  # fmt: skip
-    add("--chunk-length", type=common.number(float, 1, 30), default=15, metavar="SECONDS",
+    add("--chunk-length", type=common.number(float, 1, 30), default=common.CHUNK_LENGTH_S, metavar="SECONDS",
         help="longest stretch decoded at once in files over 30 s, 1 to 30 (default: %(default)s)")  # fmt: skip
     add("--batch-size", type=common.number(int, 1), default=8, metavar="N",
         help="chunks decoded together, across files too (default: %(default)s)")  # fmt: skip
