@@ -121,6 +121,40 @@ def add_model_options(add: Callable) -> None:
         "(AMX or AVX512-BF16), else float32 (default: %(default)s)")  # fmt: skip
 
 
+# --- Running and writing ---
+
+
+def exit_status(program: str, run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a script; its exit status, after one line on stderr where the run ended early."""
+    try:
+        return run(args)
+    except SetupError as error:
+        message, status = f"error: {error}", 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except BrokenPipeError:  # the reader of stdout, such as head, has seen enough
+        return 141
+    print(f"{program}: {message}", file=sys.stderr)
+    return status
+
+
+def write_whole(path: str, content: str) -> None:
+    """Write a UTF-8 file so that it is there whole or not at all, however the program ends. Raises OSError."""
+    folder, name = os.path.split(os.path.realpath(path))
+    special = os.path.exists(path) and not os.path.isfile(path)  # such as /dev/stdout, which must not be replaced
+    temporary = path if special else os.path.join(folder, f".{name}.part")
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(content)
+        if not special:
+            os.replace(temporary, os.path.join(folder, name))
+    finally:
+        if not special:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+
+
 # --- Device and model ---
 
 

@@ -6,7 +6,6 @@
 The transcript goes to stdout or to files in --output-dir, and everything else to stderr.
 """
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -136,20 +135,6 @@ def render(transcript: common.Transcript, extension: str, language: str) -> str:
     return cues
 
 
-def write_whole(path: str, content: str) -> None:
-    """Write a UTF-8 file so that it is there whole or not at all, however the program ends."""
-    folder, name = os.path.split(path)
-    os.makedirs(folder or ".", exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.part")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-
 def write_stdout(text: str) -> None:
     """Write results. Raises BrokenPipeError where the reader has gone, as head does, and SetupError."""
     try:
@@ -170,7 +155,7 @@ def deliver(transcript: common.Transcript, outputs: list[str], args: argparse.Na
         write_stdout(render(transcript, args.output_format, args.language))
     for output in outputs:
         try:
-            write_whole(output, render(transcript, output.rpartition(".")[2], args.language))
+            common.write_whole(output, render(transcript, output.rpartition(".")[2], args.language))
         except OSError as error:
             transcript.error = f"cannot write {output}: {error.strerror}"
 
@@ -251,16 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
     args = parse_arguments(argv)
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale and the file names
-    try:
-        return run(args)
-    except common.SetupError as error:
-        notice(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        notice("interrupted")
-        return 130
-    except BrokenPipeError:
-        return 141
+    return common.exit_status("inference.py", run, args)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_a_third_of_a_second(tmp_path, transcribe):
 @pytest.mark.parametrize("seconds", [31, 45, 60, 600])
 def test_long_files_lose_nothing(tmp_path, transcribe, seconds):
     rng = np.random.default_rng(seconds)
-    text = random_text(rng, round(seconds / 0.52), pause_every=7)
+    text = random_text(rng, round(seconds / 0.55), pause_every=5)
     waveform = synthesize(text, pause_s=0.8)
     assert len(waveform) > seconds * 16_000
     [transcript] = transcribe(write(tmp_path / "long.flac", waveform))
@@ -72,7 +72,7 @@ def test_long_files_lose_nothing(tmp_path, transcribe, seconds):
 def corpus(tmp_path_factory) -> tuple[list[str], list[str]]:
     """Twelve files of 1 to 50 s, and their texts."""
     folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(5)
-    texts = [random_text(rng, n, pause_every=6) for n in (1, 90, 3, 12, 5, 40, 2, 20, 8, 60, 4, 7)]
+    texts = [random_text(rng, n, pause_every=6) for n in (1, 90, 3, 12, 5, 20, 2, 18, 8, 75, 4, 7)]
     paths = [write(folder / f"{i}.wav", synthesize(text, pause_s=0.7)) for i, text in enumerate(texts)]
     return paths, [spoken(text) for text in texts]
 
@@ -95,10 +95,10 @@ def test_chunks_of_several_files_fill_one_batch(corpus, recognizer):
 
 @pytest.mark.parametrize("chunk_length_s", [4, 10, 30])
 def test_chunk_length(corpus, transcribe, chunk_length_s):
-    [transcript] = transcribe(corpus[0][9], chunk_length_s=chunk_length_s)
+    [transcript] = transcribe(corpus[0][1], chunk_length_s=chunk_length_s)
     assert max(s.end - s.start for s in transcript.segments) <= chunk_length_s
     if chunk_length_s < 30:  # the tiny model was trained on up to 40 kana in a window
-        assert text_of(transcript) == corpus[1][9]
+        assert text_of(transcript) == corpus[1][1]
 
 
 def test_a_bad_file_among_good_ones_fails_alone(tmp_path, corpus, transcribe):
@@ -112,14 +112,14 @@ def test_a_bad_file_among_good_ones_fails_alone(tmp_path, corpus, transcribe):
 
 
 def test_silence_is_counted_and_not_decoded(tmp_path, recognizer, transcribe):
-    speech, silence = synthesize("こんにちは"), np.zeros(40 * 16_000, np.float32)
+    speech, silence = synthesize("こんにちは"), np.zeros(28 * 16_000, np.float32)
     # What the check is for: the model finds words in digital silence.
     features = common.extract_features(recognizer.extractor, silence[: 15 * 16_000])
     assert len(common.generate(recognizer, [features], "ja", "transcribe", 20)[0]) > 1
     [transcript] = transcribe(write(tmp_path / "a.wav", np.concatenate([speech, silence, speech])))
     assert text_of(transcript) == "こんにちはこんにちは"
-    assert transcript.silent >= 1
-    [transcript] = transcribe(write(tmp_path / "b.wav", silence))
+    assert (len(transcript.segments), transcript.silent) == (2, 1)
+    [transcript] = transcribe(write(tmp_path / "b.wav", np.zeros(40 * 16_000)))
     assert (text_of(transcript), transcript.silent, transcript.duration) == ("", 3, 40)
 
 

@@ -1,0 +1,243 @@
+"""eval_accuracy.py: its figures, its verdict, the faults that it must catch and the runs that it must not flag."""
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAKE_NPU, MODEL, ROOT, run, write
+from tone_speech import random_text, spoken, synthesize
+
+import common
+import eval_accuracy
+
+PUBLISHED = ROOT.parent / "shared" / "data" / "kotoba-published"
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> list[str]:
+    """Two recordings of 8 and 12 kana."""
+    folder, rng = tmp_path_factory.mktemp("audio"), np.random.default_rng(1)
+    return [write(folder / f"{n}.wav", synthesize(random_text(rng, n))) for n in (8, 12)]
+
+
+@pytest.fixture
+def evaluate(capsys):
+    """Run eval_accuracy.py in this process with the tiny model on the CPU: (exit status, stdout, stderr)."""
+
+    def evaluate(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = eval_accuracy.main(["--model", MODEL, "--device", "cpu", *map(str, arguments)])
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return evaluate
+
+
+# --- figures ---
+
+
+@pytest.mark.parametrize(
+    "name, expected", [("common_voice_8_0", 9.1912), ("jsut_basic5000", 8.4002), ("reazonspeech_test", 11.6431)]
+)
+def test_published_character_error_rates(name, expected):
+    path = PUBLISHED / f"{name}.csv"
+    if not path.exists():
+        pytest.skip("the authors' predictions are not here")
+    with open(path, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    rate = eval_accuracy.character_error_rate(
+        [row["reference_raw"] for row in rows], [row["prediction_raw"] for row in rows]
+    )
+    assert round(100 * rate, 4) == expected
+
+
+def test_the_rate_is_pooled_and_normalised():
+    references = ["あいうえおかきくけこ", "がんば。", "", "。"]
+    hypotheses = ["あいうえおかきく", "かん、ば", "い", "う"]
+    assert eval_accuracy.character_error_rate(references, hypotheses) == 3 / 13  # two lost, one for another
+    assert math.isnan(eval_accuracy.character_error_rate(["。"], ["あ"]))
+
+
+@pytest.mark.parametrize("a, b, distance", [("", "", 0), ("", "あい", 2), ("あい", "", 2), ("kitten", "sitting", 3)])
+def test_edit_distance(a, b, distance):
+    assert eval_accuracy.edit_distance(a, b) == distance
+
+
+def test_compare():
+    reference = np.array([[0, 3, 4], [1, -1, 0]], np.float32)
+    rows = eval_accuracy.compare(reference, reference + np.array([[0, 0, 2], [0, 0, 0]], np.float32))
+    assert rows["max_abs"].tolist() == [2, 0] and rows["relative"].tolist() == [0.5, 0]
+    assert rows["mean_abs"].tolist() == [2 / 3, 0]
+    assert rows["cosine"].tolist() == pytest.approx([(9 + 24) / math.sqrt(25 * 45), 1])
+    assert eval_accuracy.compare_whole(reference, -reference)["relative"] == 8 / 5
+
+
+def test_teacher_forcing_reproduces_greedy_decoding(recognizer):
+    features = common.extract_features(recognizer.extractor, synthesize("こんにちは"))
+    tokens, text = eval_accuracy.decode(recognizer, features, 20)
+    logits = eval_accuracy.forward(recognizer, features, tokens)["logits"]
+    assert (text, logits.shape) == ("こんにちは", (6, recognizer.model.config.vocab_size))
+    assert (logits[1:] + recognizer.bias[1].numpy()).argmax(1).tolist() == tokens[1:]
+
+
+def test_the_random_model_has_the_size_of_the_real_one():
+    with torch.device("meta"):
+        recognizer = common.random_recognizer(torch.device("meta"), torch.float32)
+    assert sum(parameter.numel() for parameter in recognizer.model.parameters()) == 756_405_760
+
+
+# --- the report ---
+
+
+def test_the_cpu_agrees_with_itself(clips, evaluate, tmp_path):
+    status, out, err = evaluate("--audio", *clips, "--dtype", "float32", "--json", tmp_path / "report.json")
+    assert (status, err) == (0, "")
+    table = dict(line.split("  ", 1) for line in out.splitlines() if not line.startswith("  "))
+    assert {name: value.strip() for name, value in table.items()} | {"candidate": "", "smallest top-1 margin": ""} == {
+        "model": MODEL, "reference": "cpu in float32", "candidate": "", "HF32": "none on this device",
+        "clips, tokens": "2, 22", "text match": "2 of 2", "cosine similarity": "1", "largest absolute error": "0",
+        "mean absolute error": "0", "relative error": "0", "top-1 agreement": "22 of 22", "smallest top-1 margin": "",
+        "verdict": "PASS",
+    }  # fmt: skip
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["verdict"] == "PASS" and report["environment"]["torch"] == torch.__version__
+    assert {"torch_npu", "cann", "transformers", "device_name", "allow_hf32", "threads"} <= set(report["environment"])
+    first = report["clips"][0]
+    assert len(first["tokens"]) == 9 and {len(row) for row in first["per_token"].values()} == {9}
+    described = {name for key in report["formulas"] for name in key.split(", ")}
+    assert {*first["per_token"], *first["overall"]} <= described
+
+
+def test_without_an_npu_the_candidate_is_the_cpu_in_float16(clips):
+    result = run("eval_accuracy.py", "--model", MODEL, "--audio", clips[0])
+    if "npu" in result.stdout:
+        pytest.skip("this machine has an NPU")
+    assert result.returncode == 0
+    assert result.stderr.startswith("eval_accuracy.py: warning: running on the CPU, not on an NPU: ")
+    assert result.stderr.count("\n") == 1 and "in float16\n" in result.stdout
+
+
+def test_a_fail_names_each_clip_and_reason(clips, evaluate):
+    status, out, _ = evaluate("--audio", *clips, "--dtype", "bfloat16", "--threshold", "1e-5")
+    assert status == 1 and "verdict                       FAIL: 2 of 2 clips" in out
+    for path, line in zip(clips, out.splitlines()[-2:], strict=True):
+        assert line.startswith(f"FAIL {path}, 0.0 to ") and "is not below 1e-05" in line
+
+
+def test_the_default_is_the_sweep(evaluate):
+    status, out, _ = evaluate("--dtype", "float16")
+    assert status == 0 and "clips, tokens                 1, " in out
+
+
+def test_every_chunk_of_a_long_recording_is_compared(tmp_path, evaluate):
+    path = write(tmp_path / "long.wav", synthesize(random_text(np.random.default_rng(0), 80, 5)))
+    _, out, _ = evaluate("--audio", path, "--dtype", "float32")
+    assert "clips, tokens                 4, 84" in out and "verdict                       PASS" in out
+
+
+def test_character_error_rate_of_a_manifest(tmp_path, evaluate):
+    texts = ["こんにちは", random_text(np.random.default_rng(0), 80, 5)]
+    rows = []
+    for i, text in enumerate(texts):
+        write(tmp_path / f"{i}.wav", synthesize(text))
+        rows.append({"audio": f"{i}.wav", "text": spoken(text)})
+    rows[0]["text"] = "こんばんは。"
+    manifest = tmp_path / "test.jsonl"
+    manifest.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    status, out, _ = evaluate("--manifest", manifest, "--dtype", "float32")
+    assert status == 0
+    for side in ("reference", "candidate"):
+        assert f"CER of the {side}".ljust(30) + f"{100 * 2 / 85:.4f} %" in out
+
+
+# --- errors ---
+
+
+def test_what_cannot_be_evaluated_is_status_2(tmp_path, evaluate, clips):
+    silent = write(tmp_path / "silent.wav", np.zeros(16_000))
+    (tmp_path / "text.wav").write_text("not audio")
+    for name, content in [("bad", "{"), ("keys", '{"audio": "x.wav"}'), ("gone", '{"audio": "x.wav", "text": ""}')]:
+        (tmp_path / name).write_text(content)
+    for arguments, words in [
+        (["--audio", tmp_path / "absent.wav"], "no such file"),
+        (["--audio", tmp_path / "text.wav"], "not audio"),
+        (["--audio", silent], "all of the audio is silent"),
+        (["--manifest", tmp_path / "absent.jsonl"], "No such file"),
+        (["--manifest", tmp_path / "bad"], "not JSON lines of"),
+        (["--manifest", tmp_path / "keys"], "not JSON lines of"),
+        (["--manifest", tmp_path / "gone"], "x.wav: no such file"),
+        (["--audio", clips[0], "--json", tmp_path / "bad" / "x"], "Not a directory"),
+    ]:
+        status, _, err = evaluate("--dtype", "float32", *arguments)
+        assert status == 2 and words in err and err.count("\n") == 1, err
+    status, _, err = evaluate("--audio", "a", "--manifest", "b")
+    assert status == 2 and "not allowed with" in err
+    status, _, err = evaluate("--threshold", "2")
+    assert status == 2 and "'2' is not a number from 0 to 1" in err
+
+
+# --- faults, on the simulated NPU ---
+
+# What must be named for each fault, and no other name would do.
+CAUGHT = {
+    "wrong_weight": "relative ",
+    "head_zeroed": "text differs",
+    "bias_dropped": "relative ",
+    "layer_norm_epsilon": "relative ",
+    "layer_norm_epsilon_small": "float32_relative ",  # in float16 it hides behind rounding
+    "gelu_tanh": "float32_encoder ",  # likewise
+    "float16_noise": "relative ",
+    "nan_in_one_logit": "NaN or infinite values",
+    "encoder_off_by_one_frame": "encoder ",  # the decoder does not mind the order of the frames
+    "cache_off_by_one": "text differs",
+    "wrong_suppress_list": "the candidate suppresses other tokens",
+    "stale_results": "repeat ",
+}
+
+
+@pytest.fixture(scope="module")
+def seeded(clips) -> dict[tuple[str, str], dict]:
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("torch before 2.10 has no Python device hook")
+    command = [sys.executable, "tests/seed_faults.py", "--model", MODEL, "--audio", *clips]
+    environment = {**os.environ, "PYTHONPATH": str(FAKE_NPU)}
+    out = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    return {(row["fault"], row["dtype"]): row for row in map(json.loads, out.splitlines())}
+
+
+@pytest.mark.parametrize("fault", CAUGHT)
+def test_a_fault_is_caught(seeded, fault):
+    row = seeded[fault, "float16"]
+    assert row["status"] == 1
+    assert any(reason.startswith(CAUGHT[fault]) for reason in row["reasons"]), row["reasons"]
+
+
+def test_no_fault_is_left_out(seeded):
+    assert {fault for (fault, _), row in seeded.items() if row["status"]} == set(CAUGHT)
+
+
+@pytest.mark.parametrize(
+    "change, dtype",
+    [("nothing", "float16"), ("nothing", "bfloat16"), ("nothing", "float32"), ("reordered_reductions", "float16"),
+     ("reordered_reductions", "float32")],
+)  # fmt: skip
+def test_no_false_alarm(seeded, change, dtype):
+    assert seeded[change, dtype]["status"] == 0, seeded[change, dtype]["reasons"]
+
+
+def test_hf32_is_off_on_the_npu(clips, tmp_path):
+    report = tmp_path / "report.json"
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("torch before 2.10 has no Python device hook")
+    environment = {"PYTHONPATH": str(FAKE_NPU)}
+    result = run("eval_accuracy.py", "--model", MODEL, "--audio", clips[0], "--json", report, environment=environment)
+    assert "HF32                          off\n" in result.stdout
+    assert "candidate                     npu:0 (Ascend910B4 (simulated)) in float16\n" in result.stdout
+    assert json.loads(report.read_text())["environment"]["allow_hf32"] == {"matmul": False, "conv": False}
