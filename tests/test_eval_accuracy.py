@@ -157,6 +157,27 @@ def test_character_error_rate_of_a_manifest(tmp_path, evaluate):
         assert f"CER of the {side}".ljust(30) + f"{100 * 2 / 85:.4f} %" in out
 
 
+def test_a_tie_is_noted_and_what_follows_it_is_checked(recognizer):
+    features = common.extract_features(recognizer.extractor, synthesize("こんにちは"))
+    tokens, _ = eval_accuracy.decode(recognizer, features, 20)
+    logits = eval_accuracy.forward(recognizer, features, tokens)["logits"]
+    other = tokens[0]
+    logits[2, other] = logits[2, tokens[2]] + 0.015  # a reference that likes another token better by 0.015
+
+    def faults(candidate_tokens: list[int], error: float, relative: float) -> list[str]:
+        clip = eval_accuracy.Clip("", 0, tokens=[*tokens[:2], other, *tokens[3:]], overall={"max_abs": error},
+                                  per_token={"max_abs": [error] * 6, "relative": [relative] * 6})  # fmt: skip
+        eval_accuracy.compare_decoding(recognizer, clip, features, candidate_tokens, logits, 0.01)
+        assert "text differs from token 2 on: 'に' for 'こ', which the reference prefers by 0.015" in clip.difference
+        return clip.faults
+
+    assert faults(tokens, 0.01, 0.001) == []
+    assert "a fault" in faults(tokens, 0.005, 0.001)[0]  # too far for rounding
+    assert "a fault" in faults(tokens, 0.01, 0.02)[0]  # the error itself is beyond the threshold
+    broken_cache = [*tokens[:3], tokens[1], *tokens[4:]]
+    assert "decoding chose tokens that lie" in faults(broken_cache, 0.01, 0.001)[0]
+
+
 # --- errors ---
 
 
@@ -173,7 +194,7 @@ def test_what_cannot_be_evaluated_is_status_2(tmp_path, evaluate, clips):
         (["--manifest", tmp_path / "bad"], "not JSON lines of"),
         (["--manifest", tmp_path / "keys"], "not JSON lines of"),
         (["--manifest", tmp_path / "gone"], "x.wav: no such file"),
-        (["--audio", clips[0], "--json", tmp_path / "bad" / "x"], "Not a directory"),
+        (["--audio", clips[0], "--json", tmp_path / "bad" / "x"], "error: --json"),
     ]:
         status, _, err = evaluate("--dtype", "float32", *arguments)
         assert status == 2 and words in err and err.count("\n") == 1, err
