@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import transformers
 
 MODEL = "kotoba-tech/kotoba-whisper-v2.0"
-CHUNK_LENGTH_S = 15.0  # what the model's authors use
+CHUNK_LENGTH_S = 15  # what the model's authors use
 PROMPT_LENGTH = 4  # <|startoftranscript|>, language, task, <|notimestamps|>
 MAX_NEW_TOKENS = 448 - PROMPT_LENGTH  # every Whisper decoder has 448 positions
 SILENCE_DBFS = -60.0  # speech is louder, the noise of a quiet 16-bit recording is not

@@ -315,7 +315,8 @@ def run(args: argparse.Namespace) -> int:
     # Make float32 mean float32: an NPU convolves in HF32, and a GPU in TF32, unless it is told not to.
     if device.type == "npu":
         torch.npu.matmul.allow_hf32 = torch.npu.conv.allow_hf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
     dtype, cpu = common.select_dtype(args.dtype, device), torch.device("cpu")
     if args.random_weights:
         recognizer = common.random_recognizer(cpu, torch.float32)

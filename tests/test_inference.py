@@ -282,6 +282,11 @@ def many(tmp_path_factory):
     return folder
 
 
+def transcribe_slowly(folder, output_dir) -> subprocess.Popen:
+    return start("inference.py", "--audio", folder, "-o", output_dir, "-f", "json", "--batch-size", "1",
+                 "--device", "cpu", "--model", MODEL)  # fmt: skip
+
+
 def wait_for_output(process: subprocess.Popen, folder, count: int = 1) -> None:
     deadline = time.monotonic() + 120
     while len(list(folder.glob("*.json"))) < count:
@@ -290,7 +295,7 @@ def wait_for_output(process: subprocess.Popen, folder, count: int = 1) -> None:
 
 
 def test_interrupt(many, tmp_path):
-    process = start("inference.py", "--audio", many, "-o", tmp_path, "-f", "json", "--device", "cpu", "--model", MODEL)
+    process = transcribe_slowly(many, tmp_path)
     wait_for_output(process, tmp_path)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -298,7 +303,7 @@ def test_interrupt(many, tmp_path):
 
 
 def test_a_killed_run_leaves_whole_files_or_none(many, tmp_path):
-    process = start("inference.py", "--audio", many, "-o", tmp_path, "-f", "json", "--device", "cpu", "--model", MODEL)
+    process = transcribe_slowly(many, tmp_path)
     wait_for_output(process, tmp_path, 20)
     process.kill()
     process.communicate()
