@@ -181,10 +181,10 @@ def closing_line(
     )
 
 
-def progress_bar(inputs: list[tuple[str, str]]) -> tqdm:
+def progress_bar(inputs: list[tuple[str, str]], window_s: float) -> tqdm:
     """A bar in seconds of audio on a terminal, where there is more than one chunk to wait for."""
     total = common.audio_duration(inputs[0][0]) if len(inputs) == 1 else None
-    short = total is not None and total <= 30
+    short = total is not None and total <= window_s
     done = "{n:.0f} s of audio" if total is None else "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s of audio"
     hidden = short or not sys.stderr.isatty()
     return tqdm(total=total, disable=hidden, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
     recognizer = common.load_model(args.model, device, common.select_dtype(args.dtype, device), args.language)
     loaded = time.perf_counter()
     transcripts = []
-    with progress_bar(inputs) as bar:
+    with progress_bar(inputs, recognizer.extractor.chunk_length) as bar:
         results = common.transcribe(
             recognizer, [path for path, _ in inputs], args.language, args.task, args.max_new_tokens,
             args.chunk_length, args.batch_size, on_progress=bar.update,

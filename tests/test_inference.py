@@ -283,8 +283,11 @@ def many(tmp_path_factory):
 
 
 def transcribe_slowly(folder, output_dir) -> subprocess.Popen:
+    def heed_interrupts():  # which a shell has the commands ignore that it runs in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     return start("inference.py", "--audio", folder, "-o", output_dir, "-f", "json", "--batch-size", "1",
-                 "--device", "cpu", "--model", MODEL)  # fmt: skip
+                 "--device", "cpu", "--model", MODEL, preexec_fn=heed_interrupts)  # fmt: skip
 
 
 def wait_for_output(process: subprocess.Popen, folder, count: int = 1) -> None:
