@@ -61,13 +61,14 @@ class Clip:
 def compare(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np.ndarray]:
     """cosine, max_abs, mean_abs and relative of each row, as in FORMULAS: (n_rows,) float64 each."""
     r, c = reference.astype(np.float64), candidate.astype(np.float64)
-    error = np.abs(c - r)
-    return {
-        "cosine": (r * c).sum(1) / np.sqrt((r * r).sum(1) * (c * c).sum(1)),
-        "max_abs": error.max(1),
-        "mean_abs": error.mean(1),
-        "relative": error.max(1) / (r.max(1) - r.min(1)),
-    }
+    with np.errstate(invalid="ignore"):  # infinity in, NaN out: the verdict names both
+        error = np.abs(c - r)
+        return {
+            "cosine": (r * c).sum(1) / np.sqrt((r * r).sum(1) * (c * c).sum(1)),
+            "max_abs": error.max(1),
+            "mean_abs": error.mean(1),
+            "relative": error.max(1) / (r.max(1) - r.min(1)),
+        }
 
 
 def compare_whole(reference: np.ndarray, candidate: np.ndarray) -> dict[str, float]:
