@@ -425,7 +425,7 @@ def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]
     """The samples of an open file, as read_blocks gives them. Raises AudioError."""
     rate, n_read = sound.samplerate, 0
     try:
-        while len(block := sound.read(rate, dtype="float32", always_2d=True)):
+        while len(block := sound.read(min(rate, 1 << 20), dtype="float32", always_2d=True)):
             if not np.isfinite(block).all():
                 raise AudioError(f"NaN or infinite samples in the second after {n_read / rate:.0f} s")
             n_read += len(block)
@@ -475,7 +475,7 @@ def quietest_cut(waveform: np.ndarray, rate: int) -> int:
     half = len(waveform) // 2
     level = levels(waveform[half:], rate)
     quietest = len(level) - 1 - int(np.argmin(level[::-1]))
-    return half + round((quietest * LEVEL_HOP_S + LEVEL_WINDOW_S / 2) * rate)
+    return max(1, half + quietest * max(1, round(LEVEL_HOP_S * rate)) + round(LEVEL_WINDOW_S / 2 * rate))
 
 
 def split_at_pauses(
@@ -499,8 +499,9 @@ def split_at_pauses(
                 held.append(block)
                 n_held += len(block)
         buffer = np.concatenate(held)
-        limit = window if ended and start == 0 else longest
-        while len(buffer) > limit + (0 if ended else tail):
+        if start == 0 and len(buffer) <= window:
+            break  # the whole file fits
+        while len(buffer) > longest + (0 if ended else tail):
             cut = quietest_cut(buffer[: min(longest, len(buffer) - tail)], rate)
             yield start, buffer[:cut]
             start, buffer = start + cut, buffer[cut:]

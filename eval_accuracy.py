@@ -101,6 +101,17 @@ def character_error_rate(references: list[str], hypotheses: list[str]) -> float:
     return sum(edit_distance(r, h) for r, h in pairs) / sum(len(r) for r, _ in pairs) if pairs else math.nan
 
 
+def character_error_rates(clips: list[Clip], references: list[str]) -> dict[str, float]:
+    """The rate of the reference and of the candidate, the texts of an utterance's clips joined."""
+    rates = {}
+    for side, attribute in (("reference", "text"), ("candidate", "candidate_text")):
+        texts = [""] * len(references)
+        for clip in clips:
+            texts[clip.utterance] += getattr(clip, attribute)
+        rates[side] = character_error_rate(references, texts)
+    return rates
+
+
 # --- Measuring ---
 
 
@@ -327,20 +338,15 @@ def run(args: argparse.Namespace) -> int:
     if not clips:
         raise common.SetupError("there is nothing to compare: all of the audio is silent")
     environment = common.environment(device)
+    failed = any(clip.faults for clip in clips)
     header = {
         "model": f"{common.MODEL} with random weights" if args.random_weights else args.model,
         "reference": "cpu in float32",
         "candidate": f"{device} ({environment['device_name']}) in {str(dtype)[6:]}",
-        "HF32": "off" if device.type == "npu" else "none on this device",
+        "HF32": {"npu": "off", "cuda": "TF32 off"}.get(device.type, "none on this device"),
     }
-    cer = {}
-    for side, attribute in (("reference", "text"), ("candidate", "candidate_text")) if args.manifest else ():
-        texts = [""] * len(utterances)
-        for clip in clips:
-            texts[clip.utterance] += getattr(clip, attribute)
-        cer[side] = character_error_rate([text for _, text in utterances], texts)
+    cer = character_error_rates(clips, [text for _, text in utterances]) if args.manifest else {}
     print(format_table(clips, header, cer))
-    failed = any(clip.faults for clip in clips)
     if args.json:
         report = {"verdict": "FAIL" if failed else "PASS", **header, "threshold": args.threshold,
                   "float32_limit": FLOAT32_LIMIT, "cer": cer, "formulas": FORMULAS, "environment": environment,

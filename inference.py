@@ -72,12 +72,17 @@ def find_audio(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
     return inputs, problems
 
 
-def plan_outputs(inputs: list[tuple[str, str]], output_dir: str, extensions: list[str]) -> list[list[str]]:
-    """The paths to write for each input. Raises SetupError where one would overwrite another, or an input."""
+def plan_outputs(inputs: list[tuple[str, str]], many: bool, args: argparse.Namespace) -> list[list[str]]:
+    """The files to write for each input, none for stdout. Raises SetupError where they cannot all be written."""
+    if args.output_dir is None:
+        if args.output_format == "all" or (many and args.output_format not in ("txt", "json")):
+            raise common.SetupError(f"--output-format {args.output_format} needs --output-dir")
+        return [[] for _ in inputs]
+    extensions = FORMATS if args.output_format == "all" else [args.output_format]
     owners = {os.path.abspath(path): path for path, _ in inputs}
     planned = []
     for path, name in inputs:
-        planned.append([os.path.join(output_dir, f"{name}.{extension}") for extension in extensions])
+        planned.append([os.path.join(args.output_dir, f"{name}.{extension}") for extension in extensions])
         for output in planned[-1]:
             if owner := owners.get(os.path.abspath(output)):
                 raise common.SetupError(
@@ -86,13 +91,13 @@ def plan_outputs(inputs: list[tuple[str, str]], output_dir: str, extensions: lis
                 )
             owners[os.path.abspath(output)] = path
     try:
-        os.makedirs(output_dir, exist_ok=True)
+        os.makedirs(args.output_dir, exist_ok=True)
     except FileExistsError:
-        raise common.SetupError(f"--output-dir {output_dir}: there is a file of that name") from None
+        raise common.SetupError(f"--output-dir {args.output_dir}: there is a file of that name") from None
     except OSError as error:
-        raise common.SetupError(f"--output-dir {output_dir}: {error.strerror}") from error
-    if not os.access(output_dir, os.W_OK):
-        raise common.SetupError(f"--output-dir {output_dir}: no permission to write in this folder")
+        raise common.SetupError(f"--output-dir {args.output_dir}: {error.strerror}") from error
+    if not os.access(args.output_dir, os.W_OK):
+        raise common.SetupError(f"--output-dir {args.output_dir}: no permission to write in this folder")
     return planned
 
 
@@ -194,13 +199,7 @@ def run(args: argparse.Namespace) -> int:
     """Transcribe what the arguments name; the exit status. Raises SetupError."""
     inputs, problems = find_audio(args.audio)
     n_files = len(inputs) + len(problems)
-    many = n_files > 1
-    extensions = list(FORMATS) if args.output_format == "all" else [args.output_format]
-    planned = [[]] * len(inputs)
-    if args.output_dir is not None:
-        planned = plan_outputs(inputs, args.output_dir, extensions)
-    elif args.output_format == "all" or (many and args.output_format not in ("txt", "json")):
-        raise common.SetupError(f"--output-format {args.output_format} needs --output-dir")
+    planned = plan_outputs(inputs, n_files > 1, args)
     for problem in problems:
         notice(f"error: {problem}")
     if not inputs:
@@ -222,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         for transcript, outputs in zip(results, planned, strict=True):
             if transcript.error is None:
-                deliver(transcript, outputs, args, many)
+                deliver(transcript, outputs, args, n_files > 1)
             if transcript.error is not None:
                 problems.append(transcript.path)
                 notice(f"error: {transcript.path}: {transcript.error}")

@@ -25,15 +25,21 @@ def chunks_of(path: str, chunk_length_s: float = 15, window_s: float = 30):
     return list(common.split_at_pauses(blocks_of(path), rate, chunk_length_s, window_s))
 
 
-@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 44_100, 96_000])
+@pytest.mark.parametrize("rate", [1, 50, 149, 8_000, 11_025, 16_000, 44_100, 96_000])
 @pytest.mark.parametrize("n_extra", [-1, 0, 1])
 @pytest.mark.parametrize("seconds", [1, 15, 30, 45, 61])
 def test_every_sample_belongs_to_one_chunk(tmp_path, rate, seconds, n_extra):
-    samples = np.random.default_rng(seconds).normal(0, 0.1, seconds * rate + n_extra).astype(np.float32)
+    samples = np.random.default_rng(seconds).normal(0, 0.1, max(1, seconds * rate + n_extra)).astype(np.float32)
     path = write(tmp_path / "noise.wav", samples, rate, subtype="FLOAT")
     chunks = chunks_of(path)
+    assert max(len(waveform) for _, waveform in chunks) <= (30 if len(chunks) == 1 else 15) * rate
     assert np.array_equal(np.concatenate([waveform for _, waveform in chunks]), samples)
     assert [start for start, _ in chunks] == list(np.cumsum([0] + [len(w) for _, w in chunks[:-1]]))
+
+
+def test_one_sample_a_second_in_chunks_of_a_second(tmp_path):
+    path = write(tmp_path / "noise.wav", np.random.default_rng(0).normal(0, 0.1, 40), 1)
+    assert [len(waveform) for _, waveform in chunks_of(path, 1)] == [1] * 40
 
 
 @pytest.mark.parametrize("chunk_length_s", [1, 2.5, 15, 29.99, 30])
