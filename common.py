@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -313,20 +314,11 @@ def move(recognizer: Recognizer, device: torch.device, dtype: torch.dtype) -> Re
         return replace(recognizer, model=recognizer.model.to(device, dtype), bias=recognizer.bias.to(device))
 
 
-class TokenIds:
-    """In the place of a tokenizer where there is none: the text is the token ids."""
-
-    eos_token_id = 50257
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
-        """The ids in decimal, separated by spaces."""
-        return " ".join(map(str, token_ids))
-
-
 def random_recognizer(device: torch.device, dtype: torch.dtype) -> Recognizer:
     """The exact architecture of kotoba-whisper-v2.0 with seeded random weights: speed and numerics without a download.
 
-    Architecture and special ids are those of its config.json and of whisper-large-v3's generation_config.json.
+    Architecture and special ids are those of its config.json and of whisper-large-v3's generation_config.json. It has
+    no tokenizer: its text is the token ids.
     """
     import torch
     from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
@@ -344,8 +336,11 @@ def random_recognizer(device: torch.device, dtype: torch.dtype) -> Recognizer:
         suppress_tokens=[t for t in NON_SPEECH_TOKENS_MULTI if t < 50257] + [50258, *range(50359, 50364)],
         begin_suppress_tokens=[220, 50257], **ends,
     )  # fmt: skip
-    bias = suppress_bias(model.generation_config, model.config.vocab_size)
-    return move(Recognizer(model.eval(), WhisperFeatureExtractor(feature_size=128), TokenIds(), bias), device, dtype)
+    extractor, bias = WhisperFeatureExtractor(feature_size=128), suppress_bias(model.generation_config, 51866)
+    tokenizer = types.SimpleNamespace(
+        eos_token_id=50257, decode=lambda token_ids, skip_special_tokens: " ".join(map(str, token_ids))
+    )
+    return move(Recognizer(model.eval(), extractor, tokenizer, bias), device, dtype)
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -353,23 +348,22 @@ def environment(device: torch.device) -> dict[str, object]:
     import torch
     import transformers
 
-    name, hf32, cann = platform.machine(), None, None
-    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    name, report = platform.machine(), {"torch_npu": None, "cann": None, "allow_hf32": None}
     if device.type != "cpu":
         name = getattr(torch, device.type).get_device_name(device.index)
+    elif os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
     if device.type == "npu":
-        hf32 = {"matmul": torch.npu.matmul.allow_hf32, "conv": torch.npu.conv.allow_hf32}
+        report["allow_hf32"] = {"matmul": torch.npu.matmul.allow_hf32, "conv": torch.npu.conv.allow_hf32}
         with contextlib.suppress(AttributeError):
-            cann = sys.modules["torch_npu"].npu.utils.get_cann_version()
-    torch_npu = None
+            report["cann"] = sys.modules["torch_npu"].npu.utils.get_cann_version()
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        torch_npu = importlib.metadata.version("torch-npu")
-    return {
-        "device": str(device), "device_name": name, "allow_hf32": hf32, "python": platform.python_version(),
-        "torch": torch.__version__, "torch_npu": torch_npu, "cann": cann, "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(), "cpus": len(os.sched_getaffinity(0)),
+        report["torch_npu"] = importlib.metadata.version("torch-npu")
+    return report | {
+        "device": str(device), "device_name": name, "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+        "cpus": len(os.sched_getaffinity(0)),
     }  # fmt: skip
 
 

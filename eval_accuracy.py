@@ -302,15 +302,6 @@ def format_table(clips: list[Clip], header: dict[str, str], cer: dict[str, float
     return "\n".join(lines + [f"FAIL {clip.name}: {'; '.join(clip.faults)}" for clip in failed])
 
 
-def finite(value):
-    """The same JSON value with null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def run(args: argparse.Namespace) -> int:
     """Evaluate what the arguments say; the exit status. Raises SetupError."""
     utterances = read_manifest(args.manifest) if args.manifest else [(path, "") for path in args.audio]
@@ -351,8 +342,9 @@ def run(args: argparse.Namespace) -> int:
         report = {"verdict": "FAIL" if failed else "PASS", **header, "threshold": args.threshold,
                   "float32_limit": FLOAT32_LIMIT, "cer": cer, "formulas": FORMULAS, "environment": environment,
                   "clips": [asdict(clip) for clip in clips]}  # fmt: skip
+        report = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON has no NaN: null
         try:
-            common.write_whole(args.json, json.dumps(finite(report), ensure_ascii=False, indent=1))
+            common.write_whole(args.json, json.dumps(report, ensure_ascii=False, indent=1))
         except OSError as error:
             raise common.SetupError(f"--json {args.json}: {error.strerror}") from error
     return int(failed)
