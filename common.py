@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     import torch
@@ -127,16 +128,30 @@ def add_model_options(add: Callable) -> None:
 
 def exit_status(program: str, run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a script; its exit status, after one line on stderr where the run ended early."""
+    with contextlib.suppress(AttributeError):  # a StringIO in its place takes any text
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale and the file names
     try:
         return run(args)
-    except SetupError as error:
-        message, status = f"error: {error}", 2
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
     except BrokenPipeError:  # the reader of stdout, such as head, has seen enough
         return 141
+    except (SetupError, OSError) as error:
+        message, status = f"error: {first_line(error)}", 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
     print(f"{program}: {message}", file=sys.stderr)
     return status
+
+
+def write_stdout(text: str) -> None:
+    """Write results. Raises BrokenPipeError where the reader has gone, as head does, and SetupError."""
+    try:
+        tqdm.write(text, end="")
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at exit
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise SetupError(f"cannot write to stdout: {error.strerror}") from error
 
 
 def write_whole(path: str, content: str) -> None:
@@ -384,14 +399,6 @@ def check_file(path: str) -> None:
         raise AudioError("empty (0 bytes)")
     if not os.access(path, os.R_OK):
         raise AudioError("no permission to read it")
-
-
-def audio_duration(path: str) -> float | None:
-    """Seconds of audio that a file's header promises; None where libsndfile cannot tell."""
-    try:
-        return soundfile.info(path).duration
-    except (soundfile.SoundFileError, TypeError, OSError):
-        return None
 
 
 def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:

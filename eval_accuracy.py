@@ -197,7 +197,7 @@ def compare_decoding(recognizer, clip: Clip, features, tokens: list[int], logits
         return
     own = forward(recognizer, features, tokens)["logits"] + recognizer.bias[1].cpu().numpy()
     gap = float((own.max(1) - own[np.arange(len(tokens)), tokens])[1:].max(initial=0))
-    if gap > 2 * clip.overall["max_abs"]:
+    if not gap <= 2 * clip.overall["max_abs"]:  # so that NaN is a fault too
         clip.faults.append(f"decoding chose tokens that lie {gap:.4g} below the best of the same model's forward")
 
 
@@ -302,6 +302,16 @@ def format_table(clips: list[Clip], header: dict[str, str], cer: dict[str, float
     return "\n".join(lines + [f"FAIL {clip.name}: {'; '.join(clip.faults)}" for clip in failed])
 
 
+def forbid_hf32(device) -> None:
+    """Make float32 mean float32: an NPU convolves in HF32, and a GPU in TF32, unless it is told not to."""
+    import torch
+
+    if device.type == "npu":
+        torch.npu.matmul.allow_hf32 = torch.npu.conv.allow_hf32 = False
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluate what the arguments say; the exit status. Raises SetupError."""
     utterances = read_manifest(args.manifest) if args.manifest else [(path, "") for path in args.audio]
@@ -315,11 +325,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"eval_accuracy.py: warning: {warning}", file=sys.stderr)
     import torch
 
-    # Make float32 mean float32: an NPU convolves in HF32, and a GPU in TF32, unless it is told not to.
-    if device.type == "npu":
-        torch.npu.matmul.allow_hf32 = torch.npu.conv.allow_hf32 = False
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
+    forbid_hf32(device)
     dtype, cpu = common.select_dtype(args.dtype, device), torch.device("cpu")
     if args.random_weights:
         recognizer = common.random_recognizer(cpu, torch.float32)
@@ -337,7 +343,7 @@ def run(args: argparse.Namespace) -> int:
         "HF32": {"npu": "off", "cuda": "TF32 off"}.get(device.type, "none on this device"),
     }
     cer = character_error_rates(clips, [text for _, text in utterances]) if args.manifest else {}
-    print(format_table(clips, header, cer))
+    common.write_stdout(format_table(clips, header, cer) + "\n")
     if args.json:
         report = {"verdict": "FAIL" if failed else "PASS", **header, "threshold": args.threshold,
                   "float32_limit": FLOAT32_LIMIT, "cer": cer, "formulas": FORMULAS, "environment": environment,

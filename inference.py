@@ -6,11 +6,13 @@
 The transcript goes to stdout or to files in --output-dir, and everything else to stderr.
 """
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
 
+import soundfile
 from tqdm import tqdm
 
 import common
@@ -140,24 +142,12 @@ def render(transcript: common.Transcript, extension: str, language: str) -> str:
     return cues
 
 
-def write_stdout(text: str) -> None:
-    """Write results. Raises BrokenPipeError where the reader has gone, as head does, and SetupError."""
-    try:
-        tqdm.write(text, end="")
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at exit
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise common.SetupError(f"cannot write to stdout: {error.strerror}") from error
-
-
 def deliver(transcript: common.Transcript, outputs: list[str], args: argparse.Namespace, many: bool) -> None:
     """Write a transcript to its output files, or to stdout where it has none; what fails becomes its error."""
     if not outputs and many and args.output_format == "txt":
-        write_stdout(f"{transcript.path}\t{full_text(transcript, args.language)}\n")
+        common.write_stdout(f"{transcript.path}\t{full_text(transcript, args.language)}\n")
     elif not outputs:
-        write_stdout(render(transcript, args.output_format, args.language))
+        common.write_stdout(render(transcript, args.output_format, args.language))
     for output in outputs:
         try:
             common.write_whole(output, render(transcript, output.rpartition(".")[2], args.language))
@@ -188,11 +178,14 @@ def closing_line(
 
 def progress_bar(inputs: list[tuple[str, str]], window_s: float) -> tqdm:
     """A bar in seconds of audio on a terminal, where there is more than one chunk to wait for."""
-    total = common.audio_duration(inputs[0][0]) if len(inputs) == 1 else None
+    if not sys.stderr.isatty():
+        return tqdm(disable=True)
+    total = None  # of several files, or of one that only ffmpeg can read
+    with contextlib.suppress(soundfile.SoundFileError, TypeError, OSError):
+        total = soundfile.info(inputs[0][0]).duration if len(inputs) == 1 else None
     short = total is not None and total <= window_s
     done = "{n:.0f} s of audio" if total is None else "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s of audio"
-    hidden = short or not sys.stderr.isatty()
-    return tqdm(total=total, disable=hidden, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
+    return tqdm(total=total, disable=short, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -233,9 +226,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
-    args = parse_arguments(argv)
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale and the file names
-    return common.exit_status("inference.py", run, args)
+    return common.exit_status("inference.py", run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

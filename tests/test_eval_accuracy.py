@@ -204,6 +204,20 @@ def test_what_cannot_be_evaluated_is_status_2(tmp_path, evaluate, clips):
     assert status == 2 and "'2' is not a number from 0 to 1" in err
 
 
+def test_stdout_that_cannot_be_written(clips):
+    arguments = ["--model", MODEL, "--device", "cpu", "--dtype", "float32", "--audio", clips[0]]
+    with open("/dev/full", "w") as full:
+        result = run("eval_accuracy.py", *arguments, stdout=full)
+    assert (result.returncode, result.stderr) == (
+        2, "eval_accuracy.py: error: cannot write to stdout: No space left on device\n"
+    )  # fmt: skip
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does when it has seen enough
+    result = run("eval_accuracy.py", *arguments, stdout=writer)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
 # --- faults, on the simulated NPU ---
 
 # What must be named for each fault, and no other name would do.
