@@ -139,23 +139,21 @@ def forward(recognizer: common.Recognizer, features, tokens: list[int]) -> dict[
     """One teacher-forced forward: encoder (n_frames, d_model), logits (n_tokens, n_vocab) before any suppression."""
     import torch
 
-    model, config = recognizer.model, recognizer.model.generation_config
-    prompt = [config.decoder_start_token_id, config.lang_to_id["<|ja|>"], config.task_to_id["transcribe"]]
-    token_ids = [*prompt, config.no_timestamps_token_id, *tokens[:-1]]
+    model = recognizer.model
+    token_ids = [*common.prompt_ids(model, "ja", "transcribe"), *tokens[:-1]]
     with torch.inference_mode(), common.device_errors(model.device):
         output = model(
-            input_features=features.input_features.to(model.device, model.dtype),
+            input_features=features.to(model.device, model.dtype),
             decoder_input_ids=torch.tensor([token_ids], device=model.device),
         )
-        encoder, logits = output.encoder_last_hidden_state[0], output.logits[0, len(prompt) :]
+        encoder, logits = output.encoder_last_hidden_state[0], output.logits[0, common.PROMPT_LENGTH - 1 :]
         return {"encoder": encoder.float().cpu().numpy(), "logits": logits.float().cpu().numpy()}
 
 
 def measure_candidate(recognizer: common.Recognizer, clip: Clip, features, reference: dict, args) -> None:
     """Compare the candidate in its dtype, run it again, let it decode freely, and judge what came out."""
     first = forward(recognizer, features, clip.tokens)
-    other = type(features)({"input_features": features.input_features.flip(-1)})
-    forward(recognizer, other, clip.tokens)  # so that results left behind by an earlier run are not the right ones
+    forward(recognizer, features.flip(-1), clip.tokens)  # so that the results of an earlier run are not the right ones
     again = forward(recognizer, features, clip.tokens)
     rows = compare(reference["logits"], first["logits"])
     clip.per_token |= {name: row.tolist() for name, row in rows.items()}
@@ -204,23 +202,21 @@ def compare_decoding(recognizer, clip: Clip, features, tokens: list[int], logits
 def measure(recognizer: common.Recognizer, paths: list[str], device, dtype, args) -> list[Clip]:
     """Compare every clip. There is one copy of the model, moved from the reference's device to the candidate's."""
     import torch
-    from transformers import BatchFeature
 
     clips, bias = [], recognizer.bias
     with tempfile.TemporaryDirectory() as folder:  # the logits of an hour of audio are some 10 GB
 
-        def saved() -> Iterator[tuple[Clip, BatchFeature, dict[str, np.ndarray]]]:
+        def saved() -> Iterator[tuple[Clip, torch.Tensor, dict[str, np.ndarray]]]:
             for i, clip in enumerate(clips):
                 with np.load(f"{folder}/{i}.npz") as arrays:
-                    features = {name: torch.from_numpy(arrays[name]) for name in ("input_features", "attention_mask")}
-                    yield clip, BatchFeature(features), dict(arrays)
+                    yield clip, torch.from_numpy(arrays["features"]), dict(arrays)
 
         for clip, features in read_clips(paths, recognizer.extractor):
             clip.tokens, clip.text = decode(recognizer, features, args.max_new_tokens)
             reference = forward(recognizer, features, clip.tokens)
             top = np.sort(np.partition(reference["logits"], -2)[:, -2:])
             clip.per_token["top1_margin"] = (top[:, 1] - top[:, 0]).tolist()
-            np.savez(f"{folder}/{len(clips)}.npz", **features, **reference)
+            np.savez(f"{folder}/{len(clips)}.npz", features=features.numpy(), **reference)
             clips.append(clip)
         recognizer = common.move(recognizer, device, torch.float32)
         for clip, features, reference in saved():

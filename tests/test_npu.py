@@ -86,7 +86,7 @@ def test_an_index_out_of_range(hello):
     "environment, words",
     [
         ({"FAKE_NPU_BYTES": "100"}, "npu:0 failed: NPU out of memory."),  # no room for the model
-        ({"FAKE_NPU_BYTES": "800000"}, "a smaller --batch-size needs less"),  # no room for the batch
+        ({"FAKE_NPU_BYTES": "700000"}, "a smaller --batch-size needs less"),  # no room for the batch
         ({"FAKE_NPU_FAULT": "lost"}, "npu:0 failed: NPU function error: aclrtSynchronizeStream, error code is 507018"),
     ],
 )

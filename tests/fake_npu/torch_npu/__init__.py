@@ -86,10 +86,13 @@ def unwrap(value):
 def dispatch(func, args, kwargs):
     """Run one operation on the CPU tensors inside, and wrap its results."""
     # In inference mode composite operations arrive whole; a real device sees their parts.
-    parts = func.decompose(*args, **kwargs)
-    if parts is not NotImplemented:
-        return parts
     name = func._schema.name.removeprefix("aten::")
+    if name == "dropout":  # not in training: nothing to do
+        return args[0]
+    if name != "scaled_dot_product_attention":  # one fused kernel, aclnnFlashAttentionScore
+        parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
     ours = [tensor for tensor in tensors if isinstance(tensor, NpuTensor)]
     copies = name in ("_to_copy", "copy_", "_copy_from")
@@ -130,7 +133,9 @@ def dispatch(func, args, kwargs):
             return value
         return same.get(id(value)) if id(value) in same else NpuTensor(value, target.index or 0)
 
-    return tree_map(wrap, output)
+    # In inference mode a view of a tensor from outside it is no inference tensor either.
+    with torch.inference_mode(torch.is_inference_mode_enabled() and not (name in VIEWS and not ours[0].is_inference())):
+        return tree_map(wrap, output)
 
 
 class NpuModule(types.ModuleType):
