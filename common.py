@@ -276,6 +276,14 @@ def suppress_bias(generation_config, n_vocab: int) -> torch.Tensor:
     return bias
 
 
+def import_transformers() -> types.ModuleType:
+    """transformers without scikit-learn and SciPy: seconds of importing, for losses and for assisted generation."""
+    import transformers.utils.import_utils
+
+    transformers.utils.import_utils._sklearn_available = transformers.utils.import_utils._scipy_available = False
+    return transformers
+
+
 def download_model(name: str) -> str:
     """The folder with the files of a model on the hub, downloaded if they are not there yet. Raises SetupError."""
     import huggingface_hub
@@ -300,19 +308,18 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, language: st
 
     Raises SetupError where it cannot be loaded whole, does not know the language, or does not fit the device.
     """
-    from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
-
+    transformers = import_transformers()
     folder = name if os.path.isdir(name) else download_model(name)
     try:
-        kind = WhisperConfig.get_config_dict(folder)[0].get("model_type")
+        kind = transformers.WhisperConfig.get_config_dict(folder)[0].get("model_type")
         if kind != "whisper":
             raise ValueError(f"a model of type {kind}, not whisper")
-        languages = getattr(GenerationConfig.from_pretrained(folder), "lang_to_id", {})
+        languages = getattr(transformers.GenerationConfig.from_pretrained(folder), "lang_to_id", {})
         if f"<|{language}|>" not in languages:
             known = " ".join(sorted(token.strip("<|>") for token in languages)) or "none (it is not multilingual)"
             raise SetupError(f"--language {language}: not a language of {name}, which knows {known}")
-        processor = WhisperProcessor.from_pretrained(folder)
-        model, report = WhisperForConditionalGeneration.from_pretrained(
+        processor = transformers.WhisperProcessor.from_pretrained(folder)
+        model, report = transformers.WhisperForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
         )
         if bad := [*report["missing_keys"], *report["mismatched_keys"]]:
@@ -396,22 +403,23 @@ def random_recognizer(device: torch.device, dtype: torch.dtype) -> Recognizer:
     no tokenizer: its text is the token ids.
     """
     import torch
-    from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
     from transformers.models.whisper.configuration_whisper import NON_SPEECH_TOKENS_MULTI
 
+    transformers = import_transformers()
     torch.manual_seed(0)
     ends = {"pad_token_id": 50256, "bos_token_id": 50257, "eos_token_id": 50257, "decoder_start_token_id": 50258}
-    model = WhisperForConditionalGeneration(WhisperConfig(
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
         vocab_size=51866, num_mel_bins=128, d_model=1280, encoder_layers=32, decoder_layers=2,
         encoder_attention_heads=20, decoder_attention_heads=20, encoder_ffn_dim=5120, decoder_ffn_dim=5120, **ends,
     ))  # fmt: skip
-    model.generation_config = GenerationConfig(
+    model.generation_config = transformers.GenerationConfig(
         is_multilingual=True, lang_to_id={"<|ja|>": 50266}, task_to_id={"translate": 50359, "transcribe": 50360},
         no_timestamps_token_id=50364, prev_sot_token_id=50362, return_timestamps=False, max_length=448,
         suppress_tokens=[t for t in NON_SPEECH_TOKENS_MULTI if t < 50257] + [50258, *range(50359, 50364)],
         begin_suppress_tokens=[220, 50257], **ends,
     )  # fmt: skip
-    extractor, bias = WhisperFeatureExtractor(feature_size=128), suppress_bias(model.generation_config, 51866)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=128)
+    bias = suppress_bias(model.generation_config, model.config.vocab_size)
     tokenizer = types.SimpleNamespace(
         eos_token_id=50257, decode=lambda token_ids, skip_special_tokens: " ".join(map(str, token_ids))
     )
@@ -596,8 +604,8 @@ def read_chunks(path: str, extractor, chunk_length_s: float) -> Iterator[tuple[f
 def extract_features(extractor: transformers.WhisperFeatureExtractor, waveform: np.ndarray) -> torch.Tensor:
     """input_features (1, n_mels, n_frames) float32 on the CPU: the log-mel spectrogram of WhisperFeatureExtractor.
 
-    It takes half the extractor's time, and shares no state of torch with a model that computes at the same time.
-    Raises ValueError where the waveform does not fit the model's window, which would cut it off.
+    On one core it takes half the extractor's time, most of which goes into the magnitude of complex numbers. Raises
+    ValueError where the waveform does not fit the model's window, which would cut it off.
     """
     import torch
 
@@ -607,7 +615,7 @@ def extract_features(extractor: transformers.WhisperFeatureExtractor, waveform: 
     window = torch.hann_window(extractor.n_fft)
     spectrum = torch.stft(padded, extractor.n_fft, extractor.hop_length, window=window, return_complex=True)[:, :-1]
     power = spectrum.real**2 + spectrum.imag**2
-    mel = torch.from_numpy(extractor.mel_filters.T.astype(np.float32) @ power.numpy())
+    mel = torch.from_numpy(extractor.mel_filters.T.astype(np.float32)) @ power
     log_mel = mel.clamp_(min=1e-10).log10_()
     return ((torch.maximum(log_mel, log_mel.max() - 8) + 4) / 4)[None]
 
@@ -712,10 +720,14 @@ def transcribe(
 ) -> Iterator[Transcript]:  # fmt: skip
     """The transcript of each file, in order. on_progress is told the seconds of audio done since it was last called.
 
-    Chunks of several files share a batch, and while one batch is decoded the next is read. Raises SetupError.
+    Chunks of several files share a batch, and while an accelerator decodes one batch the next is read. Raises
+    SetupError.
     """
     tokenizer = recognizer.tokenizer
-    for batch in ahead(prepare(paths, recognizer.extractor, chunk_length_s, batch_size)):
+    batches = prepare(paths, recognizer.extractor, chunk_length_s, batch_size)
+    if recognizer.model.device.type != "cpu":  # whose OpenMP threads would wait for each other: half the speed
+        batches = ahead(batches)
+    for batch in batches:
         features = [row for _, _, row in batch if row is not None]
         rows = iter(generate(recognizer, features, language, task, max_new_tokens) if features else ())
         for transcript, segment, row in batch:

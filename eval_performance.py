@@ -1,0 +1,351 @@
+"""How fast is it, where does the time go, and what does the device bring over the CPU?
+
+    python3 eval_performance.py                                  # a sweep of 3 s, 128 tokens, on the CPU and the NPU
+    python3 eval_performance.py --audio meeting.wav              # recordings, as inference.py transcribes them
+    python3 eval_performance.py --batch-sizes 1,4,8,16           # throughput against batch size
+    python3 eval_performance.py --durations 3,15,60,600          # time against length
+    python3 eval_performance.py --random-weights                 # without a download
+
+A run is common.transcribe, from the file to the text, and no work is left on the device when the clock is read. The
+first run is told apart: on an NPU it prepares kernels. The stages are timed in runs of their own, one after another;
+in a run, an NPU decodes a batch while the next is read. Synthetic audio is decoded to exactly --max-new-tokens in every
+chunk, because what a model finds in it, and so the work, would differ between devices.
+"""
+import argparse
+import contextlib
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import soundfile
+
+import common
+
+RATE = 16_000  # of synthetic audio, Hz
+PAUSE_S = 0.5  # between its sweeps: where it is cut
+STAGES = ("read and resample", "features", "copy to the device", "encoder", "decode", "text")
+TOLERANCE = 0.05  # by which the stages may miss the end-to-end time without a word
+
+
+@dataclass
+class Measurement:
+    """One input on one device, times in seconds; the samples in the order of the runs, without the warm-up."""
+
+    label: str
+    audio_s: float
+    n_tokens: int = 0
+    first_s: float = 0.0
+    samples_s: list[float] = field(default_factory=list)
+    stages_s: dict[str, list[float]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
+    peak_bytes: int | None = None  # of the device's memory; None for a CPU
+
+    @property
+    def median_s(self) -> float:
+        return float(np.median(self.samples_s))
+
+
+@dataclass
+class Column:
+    """What was measured on one device."""
+
+    name: str
+    environment: dict[str, object]
+    load_s: float
+    measurements: list[Measurement]
+
+
+# --- Measuring ---
+
+
+def clock(device) -> float:
+    """The time in seconds, once the device has done all that it was given."""
+    import torch
+
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+    return time.perf_counter()
+
+
+def synthesize(path: str, duration_s: float) -> str:
+    """Write sweeps with pauses between them, duration_s seconds in all; the path."""
+    pattern = np.pad(common.sweep(RATE), (0, round(PAUSE_S * RATE)))
+    n_left = round(duration_s * RATE)
+    with soundfile.SoundFile(path, "w", RATE, 1) as file:
+        while n_left > 0:
+            file.write(pattern[:n_left])
+            n_left -= len(pattern)
+    return path
+
+
+def run_whole(recognizer: common.Recognizer, paths: list[str], batch_size: int, max_new_tokens: int) -> float:
+    """Transcribe as inference.py does: the seconds of audio. Raises SetupError where a file fails."""
+    audio_s = 0.0
+    for transcript in common.transcribe(
+        recognizer, paths, "ja", "transcribe", max_new_tokens, common.CHUNK_LENGTH_S, batch_size
+    ):
+        if transcript.error:
+            raise common.SetupError(f"{transcript.path}: {transcript.error}")
+        audio_s += transcript.duration
+    return audio_s
+
+
+def run_stages(
+    recognizer: common.Recognizer, paths: list[str], batch_size: int, max_new_tokens: int
+) -> tuple[dict[str, float], int]:
+    """The same work stage by stage: the seconds of each, and the number of tokens. It holds all chunks in memory."""
+    import torch
+
+    model, extractor, tokenizer = recognizer.model, recognizer.extractor, recognizer.tokenizer
+    seconds, n_tokens = dict.fromkeys(STAGES, 0.0), 0
+
+    @contextlib.contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        started = clock(model.device)
+        yield
+        seconds[stage] += clock(model.device) - started
+
+    with timed("read and resample"):
+        chunks = [chunk for path in paths for *_, chunk in common.read_chunks(path, extractor, common.CHUNK_LENGTH_S)]
+    with timed("features"):
+        features = [common.extract_features(extractor, chunk) for chunk in chunks if chunk is not None]
+    with torch.inference_mode(), common.device_errors(model.device):
+        for first in range(0, len(features), batch_size):
+            with timed("copy to the device"):
+                batch = torch.cat(features[first : first + batch_size]).to(model.device, model.dtype)
+            with timed("encoder"):
+                encoded = common.encode(model, batch)
+            with timed("decode"):
+                rows = common.decode(recognizer, encoded, "ja", "transcribe", max_new_tokens)
+            with timed("text"):
+                for row in rows:
+                    tokenizer.decode(row, skip_special_tokens=True)
+            n_tokens += sum(map(len, rows))
+    return seconds, n_tokens
+
+
+def measure(recognizer: common.Recognizer, label: str, paths: list[str], batch_size: int, args) -> Measurement:
+    """Warm up, then time whole runs and staged runs in turns. Raises SetupError."""
+    import torch
+
+    device, work = recognizer.model.device, (recognizer, paths, batch_size, args.max_new_tokens)
+    if device.type != "cpu":
+        getattr(torch, device.type).reset_peak_memory_stats(device)
+    result = Measurement(label, audio_s=0.0)
+    for i in range(args.warmup + args.runs):
+        started = clock(device)
+        result.audio_s = run_whole(*work)
+        sample_s = clock(device) - started
+        stages_s, result.n_tokens = run_stages(*work)
+        if result.n_tokens == 0:
+            raise common.SetupError("there is nothing to measure: all of the audio is silent")
+        if i == 0:
+            result.first_s = sample_s
+        if i >= args.warmup:
+            result.samples_s.append(sample_s)
+            for stage, stage_s in stages_s.items():
+                result.stages_s[stage].append(stage_s)
+    if device.type != "cpu":
+        result.peak_bytes = getattr(torch, device.type).max_memory_allocated(device)
+    return result
+
+
+def inputs_of(args: argparse.Namespace, folder: str, window_s: float) -> Iterator[tuple[str, list[str], int]]:
+    """Label, paths and batch size of each input; the synthetic ones are written to the folder."""
+    if args.audio:
+        yield "audio", args.audio, args.batch_size
+    else:
+        yield "sweep", [synthesize(f"{folder}/sweep.wav", 3)], args.batch_size
+    for size in args.batch_sizes:
+        yield f"batch of {size}", [synthesize(f"{folder}/window.wav", window_s)] * size, size
+    for duration_s in args.durations:
+        yield f"{duration_s:g} s", [synthesize(f"{folder}/{duration_s:g}.wav", duration_s)], args.batch_size
+
+
+def measure_device(device, args: argparse.Namespace) -> Column:
+    """Load the model on a device and measure every input on it. Raises SetupError."""
+    started = clock(device)
+    dtype = common.select_dtype(args.dtype, device)
+    if args.random_weights:
+        recognizer = common.random_recognizer(device, dtype)
+    else:
+        recognizer = common.load_model(args.model, device, dtype)
+    load_s = clock(device) - started
+    endless = replace(recognizer, bias=recognizer.bias.clone())
+    endless.bias[:, recognizer.tokenizer.eos_token_id] = -float("inf")
+    with tempfile.TemporaryDirectory() as folder:
+        measurements = [
+            measure(recognizer if paths is args.audio else endless, label, paths, batch_size, args)
+            for label, paths, batch_size in inputs_of(args, folder, recognizer.extractor.chunk_length)
+        ]
+    return Column(f"{device}, {str(dtype)[6:]}", common.environment(device), load_s, measurements)
+
+
+# --- Report ---
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Rows of cells, the first of them the header, as a Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def stage_medians(measurement: Measurement) -> dict[str, float]:
+    """The median of each stage in milliseconds."""
+    return {stage: 1000 * float(np.median(samples)) for stage, samples in measurement.stages_s.items()}
+
+
+def describe(column: Column, cpu: Column, imports_s: float) -> dict[str, str]:
+    """A column of the first table: what was measured with the first input, by the name of the row."""
+    m, reference = column.measurements[0], cpu.measurements[0]
+    stages = stage_medians(m)
+    share = sum(stages.values()) / (1000 * m.median_s)
+    rows = {
+        "imports (s)": f"{imports_s:.2f}",
+        "load (s)": f"{column.load_s:.2f}",
+        "first run, cold (s)": f"{m.first_s:.3f}",
+        "steady state, median (s)": f"{m.median_s:.3f}",
+        "  90th percentile (s)": f"{np.percentile(m.samples_s, 90):.3f}",
+        "  minimum (s)": f"{min(m.samples_s):.3f}",
+        "RTF, steady state": f"{m.median_s:.3f} / {m.audio_s:.1f} = {m.median_s / m.audio_s:.4f}",
+        "tokens": f"{m.n_tokens}",
+        "speed-up over the CPU": f"{reference.median_s:.3f} / {m.median_s:.3f} = {reference.median_s / m.median_s:.2f}",
+    }
+    if m.n_tokens != reference.n_tokens:
+        rows["speed-up over the CPU"] = f"void: {m.n_tokens} tokens, not {reference.n_tokens}"
+    rows |= {f"{stage} (ms)": f"{stage_ms:.1f}" for stage, stage_ms in stages.items()}
+    rows["decode (ms)"] += f", {stages['decode'] / m.n_tokens:.2f} a token"
+    rows["sum of the stages (ms)"] = f"{sum(stages.values()):.1f}, {100 * share:.1f} % of a run"
+    rows["peak memory of the device (MB)"] = "" if m.peak_bytes is None else f"{m.peak_bytes / 1e6:.0f}"
+    return rows
+
+
+def throughput_table(columns: list[Column], first: int, last: int) -> str:
+    """A row for each of the measurements from first to last: time, RTFx, and its growth over the first of them."""
+    rows = [["input", "tokens"]]
+    for column in columns:
+        rows[0] += [f"{column.name}: median (s)", "RTFx", "growth"]
+    for i in range(first, last):
+        measurements = [column.measurements[i] for column in columns]
+        row = [measurements[0].label, " ".join(dict.fromkeys(str(m.n_tokens) for m in measurements))]
+        for column, m in zip(columns, measurements, strict=True):
+            base = column.measurements[first]
+            growth = (m.audio_s / m.median_s) / (base.audio_s / base.median_s)
+            rtfx = f"{m.audio_s:.0f} / {m.median_s:.2f} = {m.audio_s / m.median_s:.2f}"
+            row += [f"{m.median_s:.3f}", rtfx, f"{growth:.2f}"]
+        rows.append(row)
+    return format_table(rows)
+
+
+def format_report(columns: list[Column], imports_s: float, args: argparse.Namespace) -> str:
+    """The report for a person: a table in detail, tables of throughput, and what to be careful with."""
+    m = columns[0].measurements[0]
+    details = [describe(column, columns[0], imports_s) for column in columns]
+    title = f"{m.label}, {m.audio_s:.1f} s, {len(m.samples_s)} runs after {args.warmup}"
+    rows = [[title] + [column.name for column in columns]]
+    rows += [[name] + cells for name in details[0] if any(cells := [detail[name] for detail in details])]
+    report = format_table(rows)
+    middle = 1 + len(args.batch_sizes)
+    if args.batch_sizes:
+        report += "\n" + throughput_table(columns, 1, middle)
+    if args.durations:
+        report += "\n" + throughput_table(columns, middle, middle + len(args.durations))
+    report += "\n"
+    for column in columns:
+        e, m = column.environment, column.measurements[0]
+        report += f"{column.name}: {e['device_name']}, {e['threads']} threads on {e['cpus']} CPUs, torch {e['torch']}"
+        report += f", torch-npu {e['torch_npu']}, CANN {e['cann']}\n" if e["torch_npu"] else "\n"
+        missing_ms = 1000 * m.median_s - sum(stage_medians(m).values())
+        if abs(missing_ms) > TOLERANCE * 1000 * m.median_s:
+            what = "of a run are in none of the stages" if missing_ms > 0 else "of the stages overlap in a run"
+            report += f"{column.name}: {abs(missing_ms):.1f} ms {what}\n"
+    return report + f"peak memory of the process: {peak_rss_bytes() / 1e6:.0f} MB\n"
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory that this process has had."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# --- Command ---
+
+
+def numbers(kind: type, high: float) -> Callable[[str], list]:
+    """An argparse type: numbers from 1 to high, with commas between them."""
+    parse = common.number(kind, 1, high)
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The options; exits with status 2 where they are wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="exit status: 0 measured; 1 the devices decoded unequal numbers of tokens, which voids the comparison; "
+        "2 nothing could be measured; 130 interrupted",
+    )
+    add = parser.add_argument
+    add("--audio", nargs="+", default=[], metavar="PATH",
+        help="audio files, decoded to their natural end (default: a sweep of 3 s, 200 to 800 Hz)")  # fmt: skip
+    common.add_model_options(add)
+    add("--random-weights", action="store_true", help="the same architecture with seeded random weights, no download")
+    add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=128, metavar="N",
+        help=f"token limit of a chunk, 1 to {common.MAX_NEW_TOKENS}; synthetic audio is decoded to it (default: "
+        "%(default)s)")  # fmt: skip
+    add("--batch-size", type=common.number(int, 1), default=8, metavar="N",
+        help="chunks decoded together, of which the sweep is one (default: %(default)s)")  # fmt: skip
+    add("--batch-sizes", type=numbers(int, 1024), default=[], metavar="N,N...",
+        help="also measure batches of so many full windows")  # fmt: skip
+    add("--durations", type=numbers(float, 36_000), default=[], metavar="S,S...",
+        help="also measure synthetic audio of so many seconds")  # fmt: skip
+    add("--warmup", type=common.number(int, 1), default=2, metavar="N",
+        help="runs before those that count; the first is the cold one (default: %(default)s)")  # fmt: skip
+    add("--runs", type=common.number(int, 1), default=10, metavar="N", help="runs that count (default: %(default)s)")
+    add("--json", metavar="FILE", help="write everything measured there, with every sample")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what the arguments say; the exit status. Raises SetupError."""
+    for path in args.audio:
+        try:
+            common.check_file(path)
+        except common.AudioError as error:
+            raise common.SetupError(f"{path}: {error}") from error
+    started = time.perf_counter()
+    device, warning = common.select_device(args.device)
+    if warning:
+        print(f"eval_performance.py: warning: {warning}", file=sys.stderr)
+    import torch
+
+    common.import_transformers().WhisperForConditionalGeneration  # noqa: B018  (transformers imports what is used)
+    imports_s = time.perf_counter() - started
+    devices = dict.fromkeys([torch.device("cpu"), device])
+    columns = [measure_device(device, args) for device in devices]
+    counts = [[m.n_tokens for m in column.measurements] for column in columns]
+    common.write_stdout(format_report(columns, imports_s, args))
+    if args.json:
+        report = {
+            "model": f"{common.MODEL} with random weights" if args.random_weights else args.model,
+            "comparable": counts[0] == counts[-1], "imports_s": imports_s, "peak_rss_bytes": peak_rss_bytes(),
+            "columns": [asdict(column) for column in columns],
+        }  # fmt: skip
+        try:
+            common.write_whole(args.json, json.dumps(report, ensure_ascii=False, indent=1))
+        except OSError as error:
+            raise common.SetupError(f"--json {args.json}: {error.strerror}") from error
+    return int(counts[0] != counts[-1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    return common.exit_status("eval_performance.py", run, parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
