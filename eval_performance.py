@@ -249,7 +249,7 @@ def format_report(columns: list[Column], imports_s: float, args: argparse.Namesp
     details = [describe(column, columns[0], imports_s) for column in columns]
     title = f"{m.label}, {m.audio_s:.1f} s, {len(m.samples_s)} runs after {args.warmup}"
     rows = [[title] + [column.name for column in columns]]
-    rows += [[name] + cells for name in details[0] if any(cells := [detail[name] for detail in details])]
+    rows += [[name, *cells] for name in details[0] if any(cells := [detail[name] for detail in details])]
     report = format_table(rows)
     middle = 1 + len(args.batch_sizes)
     if args.batch_sizes:
