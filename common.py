@@ -335,65 +335,90 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, language: st
 def move(recognizer: Recognizer, device: torch.device, dtype: torch.dtype) -> Recognizer:
     """The same weights on another device; the model is moved, not copied. Raises SetupError where it does not fit."""
     with device_errors(device):
+        use_plain_kernels(recognizer.model)
         model = recognizer.model.to(device, dtype)
-        choose_kernels(model)
+        use_cpu_kernels(model)
         return replace(recognizer, model=model, bias=recognizer.bias.to(device))
 
 
-def choose_kernels(model: transformers.WhisperForConditionalGeneration) -> None:
-    """Let a model in bfloat16 on a CPU that has it use cpu_attention and, in its decoder, packed weights.
+# --- bfloat16 on a CPU: torch's own attention emulates it where there is no AMX, and reads weights at half speed ---
 
-    A step of the decoder reads all of its weights for a few rows of input. In the layout that oneDNN prefers it does
-    so at the speed of the memory, which takes half the time.
-    """
+
+def use_cpu_kernels(model: transformers.WhisperForConditionalGeneration) -> None:
+    """Give a model in bfloat16 on a CPU that has it the functions below; leave any other as it is."""
     import torch
     import transformers
 
-    bfloat16 = model.device.type == "cpu" and model.dtype == torch.bfloat16
-    fast = bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
     transformers.AttentionInterface.register("cpu_attention", cpu_attention)
     transformers.AttentionMaskInterface.register("cpu_attention", transformers.masking_utils.sdpa_mask)
-    model.set_attn_implementation("cpu_attention" if fast else "sdpa")
-    for module in [*model.model.decoder.modules(), model.proj_out]:
+    model.set_attn_implementation("cpu_attention")
+    for layer in model.model.encoder.layers:
+        layer.forward = functools.partial(cpu_encoder_layer, layer)
+    for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            module.__dict__.pop("forward", None)  # what was packed before the model was moved
-            if fast:
-                packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 1)
-                module.forward = functools.partial(
-                    torch.ops.mkldnn._linear_pointwise, W=packed, B=module.bias, attr="none", scalars=[], algorithm=""
-                )
+            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 1)  # oneDNN's order, for few rows
+            module.weight = torch.nn.Parameter(packed, requires_grad=False)
+            module.forward = functools.partial(cpu_linear, module)
+
+
+def use_plain_kernels(model: transformers.WhisperForConditionalGeneration) -> None:
+    """Undo use_cpu_kernels, so that the model can be moved."""
+    import torch
+
+    model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+        if isinstance(module, torch.nn.Linear) and module.weight.is_mkldnn:
+            module.weight = torch.nn.Parameter(module.weight.to_dense(), requires_grad=False)
+    model.tie_weights()
+
+
+def cpu_linear(linear: torch.nn.Linear, x: torch.Tensor, activation: str = "none") -> torch.Tensor:
+    """activation(x @ weight.T + bias), for a packed weight: (..., n_in) to (..., n_out)."""
+    import torch
+
+    return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, activation, [], "none")
+
+
+def cpu_encoder_layer(layer, hidden_states: torch.Tensor, *arguments, **options) -> tuple[torch.Tensor]:
+    """WhisperEncoderLayer.forward for one window, (1, n, d_model), one head at a time: its scores stay in the cache.
+
+    They are rounded to bfloat16, which adds nothing to the error of the output: its other roundings outweigh it.
+    """
+    import torch
+
+    attention, add, [x] = layer.self_attn, torch.ops.mkldnn._linear_pointwise.binary, hidden_states
+    normed = layer.self_attn_layer_norm(x)
+    query = attention.q_proj(normed).mul_(attention.scaling)
+    key, value = attention.k_proj(normed), attention.v_proj(normed)
+    context, scores = torch.empty_like(x), x.new_empty(len(x), len(x))
+    heads = [states.split(attention.head_dim, 1) for states in (query, key, value, context)]
+    for q, k, v, out in zip(*heads, strict=True):
+        torch.mm(q, k.T, out=scores)
+        torch.softmax(scores, -1, out=scores)
+        torch.mm(scores, v, out=out)
+    x = add(context, x, attention.out_proj.weight, attention.out_proj.bias, "add")
+    hidden = cpu_linear(layer.fc1, layer.final_layer_norm(x), "gelu")
+    return (add(hidden, x, layer.fc2.weight, layer.fc2.bias, "add")[None],)
 
 
 def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
-    """Attention of transformers, (batch, n_heads, n, head_dim) bfloat16 each: (batch, n, n_heads, head_dim).
-
-    That of torch multiplies with MKL, which emulates bfloat16 on a processor without AMX. This takes half the time over
-    a window, and a third over one token. The scores are float32 here as there, so that the error is the same.
-    """
+    """Attention of transformers, (batch, n_heads, n, head_dim) each: (batch, n, n_heads, head_dim)."""
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if attention_mask is not None or (module.is_causal and query.shape[2] > 1):
+    if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    heads = [states.flatten(0, 1) for states in (query, key.transpose(2, 3), value)]
-    if query.shape[2] == 1:
-        rounded = torch.bmm(*heads[:2])  # a product in bfloat16, and what the rounding took away
-        scores = rounded.float() + torch.baddbmm(rounded, *heads[:2], beta=-1).float()
-        return torch.bmm(scores.softmax(-1).to(value.dtype), heads[2]).view(query.shape).transpose(1, 2), None
-    output = torch.empty_like(query)
-    scores = torch.empty(query.shape[2], key.shape[2])
-    weights, rounded = torch.empty_like(scores), torch.empty_like(scores, dtype=value.dtype)
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "bf16"  # float32 in and out, bfloat16 products
-        for q, k, v, out in zip(*heads, output.flatten(0, 1), strict=True):  # one head's scores stay in the cache
-            torch.mm(q.float(), k.float(), out=scores)
-            torch.softmax(scores, -1, out=weights)
-            torch.mm(rounded.copy_(weights), v, out=out)
-    finally:
-        matmul.fp32_precision = before
-    return output.transpose(1, 2), None
+    query3, key3, value3 = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
+    rounded = torch.bmm(query3, key3)
+    rest = torch.baddbmm(rounded, query3, key3, beta=-1)  # what the rounding to bfloat16 took away
+    weights = (rounded.float() + rest.float()).softmax(-1).to(value.dtype)
+    return torch.bmm(weights, value3).view(query.shape).transpose(1, 2), None
+
+
+# --- Random weights and the environment ---
 
 
 def random_recognizer(device: torch.device, dtype: torch.dtype) -> Recognizer:
