@@ -367,11 +367,15 @@ def use_plain_kernels(model: transformers.WhisperForConditionalGeneration) -> No
     """Undo use_cpu_kernels, so that the model can be moved."""
     import torch
 
+    if model.config._attn_implementation != "cpu_attention":
+        return
     model.set_attn_implementation("sdpa")
+    for layer in model.model.encoder.layers:
+        del layer.forward
     for module in model.modules():
-        module.__dict__.pop("forward", None)
-        if isinstance(module, torch.nn.Linear) and module.weight.is_mkldnn:
+        if isinstance(module, torch.nn.Linear):
             module.weight = torch.nn.Parameter(module.weight.to_dense(), requires_grad=False)
+            del module.forward
     model.tie_weights()
 
 

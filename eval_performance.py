@@ -201,14 +201,14 @@ def stage_medians(measurement: Measurement) -> dict[str, float]:
     return {stage: 1000 * float(np.median(samples)) for stage, samples in measurement.stages_s.items()}
 
 
-def describe(column: Column, cpu: Column, imports_s: float) -> dict[str, str]:
+def describe(column: Column, cpu: Column, imports_s: float, args: argparse.Namespace) -> dict[str, str]:
     """A column of the first table: what was measured with the first input, by the name of the row."""
     m, reference = column.measurements[0], cpu.measurements[0]
     stages = stage_medians(m)
     share = sum(stages.values()) / (1000 * m.median_s)
     rows = {
         "imports (s)": f"{imports_s:.2f}",
-        "load (s)": f"{column.load_s:.2f}",
+        "random weights (s)" if args.random_weights else "load (s)": f"{column.load_s:.2f}",
         "first run, cold (s)": f"{m.first_s:.3f}",
         "steady state, median (s)": f"{m.median_s:.3f}",
         "  90th percentile (s)": f"{np.percentile(m.samples_s, 90):.3f}",
@@ -246,7 +246,7 @@ def throughput_table(columns: list[Column], first: int, last: int) -> str:
 def format_report(columns: list[Column], imports_s: float, args: argparse.Namespace) -> str:
     """The report for a person: a table in detail, tables of throughput, and what to be careful with."""
     m = columns[0].measurements[0]
-    details = [describe(column, columns[0], imports_s) for column in columns]
+    details = [describe(column, columns[0], imports_s, args) for column in columns]
     title = f"{m.label}, {m.audio_s:.1f} s, {len(m.samples_s)} runs after {args.warmup}"
     rows = [[title] + [column.name for column in columns]]
     rows += [[name, *cells] for name in details[0] if any(cells := [detail[name] for detail in details])]

@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, help="folder for the converted models, made if it is not there")
     parser.add_argument("--minutes", type=float, default=10, help="length of the long audio (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="of the clip (default: %(default)s)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the contenders with this in their names")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="contenders with this in their names")
     parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -287,7 +287,8 @@ def main() -> None:
     extractor = WhisperFeatureExtractor.from_pretrained(source)
     chunks = [(start, end) for start, end, _ in common.read_chunks(recording, extractor, 30)]
     n_tokens = round(30 * TOKENS_PER_S)
-    contenders = [Contender(name, args.models) for name in CONTENDERS if args.only in name]
+    names = [name for name in CONTENDERS if any(text in name for text in args.only)]
+    contenders = [Contender(name, args.models) for name in names]
     seconds = {(c.name, n): [] for c in contenders for n in (CLIP_TOKENS, FEW_TOKENS)}
     for i in range(args.runs + 1):
         for contender in contenders:
@@ -301,6 +302,7 @@ def main() -> None:
     for contender in contenders:
         many, few = (statistics.median(seconds[contender.name, n]) for n in (CLIP_TOKENS, FEW_TOKENS))
         row = [contender.name, f"{many:.2f}", f"{1000 * (many - few) / (CLIP_TOKENS - FEW_TOKENS):.1f}", "", "", ""]
+        print(*row, sep="; ", file=sys.stderr)
         if "float32" not in contender.name:
             taken_s, made = contender.time(recording, chunks, n_tokens)
             row[3:] = [f"{taken_s:.1f}", f"{60 * args.minutes / taken_s:.2f}", str(made)]

@@ -1,8 +1,10 @@
 """The NPU: on a simulated one, on none, and with the real torch_npu that has no CANN to load."""
 import os
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +123,16 @@ def test_the_simulated_npu_refuses_what_a_real_one_refuses():
     """
     environment = {**os.environ, "PYTHONPATH": str(FAKE_NPU), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@needs_fake
+def test_a_token_takes_at_most_60_launches_and_a_wait_in_8_tokens():
+    command = [sys.executable, "-c", "import benchmark_decode; benchmark_decode.count_launches()"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    ours, stock = (re.search(r": ([\d.]+) launches and ([\d.]+) waits", line).groups() for line in out.splitlines())
+    assert float(ours[0]) <= 60 and float(ours[1]) <= 1 / 8
+    assert float(stock[0]) >= 70 and float(stock[1]) == 2  # the simulated NPU does count
 
 
 def test_no_cuda_device(hello):
