@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib.metadata
 import itertools
+import json
 import os
 import platform
 import re
@@ -171,6 +172,15 @@ def write_whole(path: str, content: str) -> None:
         if not special:
             with contextlib.suppress(OSError):
                 os.remove(temporary)
+
+
+def write_report(path: str, report: dict) -> None:
+    """Write what --json asks for; NaN becomes null, for JSON has none. Raises SetupError."""
+    report = json.loads(json.dumps(report), parse_constant=lambda name: None)
+    try:
+        write_whole(path, json.dumps(report, ensure_ascii=False, indent=1))
+    except OSError as error:
+        raise SetupError(f"--json {path}: {error.strerror}") from error
 
 
 # --- Device and model ---
@@ -496,6 +506,15 @@ def check_file(path: str) -> None:
         raise AudioError("empty (0 bytes)")
     if not os.access(path, os.R_OK):
         raise AudioError("no permission to read it")
+
+
+def require_files(paths: Iterable[str]) -> None:
+    """Raise SetupError where one of the paths is no file that could hold audio."""
+    for path in paths:
+        try:
+            check_file(path)
+        except AudioError as error:
+            raise SetupError(f"{path}: {error}") from error
 
 
 def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:

@@ -311,11 +311,7 @@ def forbid_hf32(device) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate what the arguments say; the exit status. Raises SetupError."""
     utterances = read_manifest(args.manifest) if args.manifest else [(path, "") for path in args.audio]
-    for path, _ in utterances:
-        try:
-            common.check_file(path)
-        except common.AudioError as error:
-            raise common.SetupError(f"{path}: {error}") from error
+    common.require_files(path for path, _ in utterances)
     device, warning = common.select_device(args.device)
     if warning:
         print(f"eval_accuracy.py: warning: {warning}", file=sys.stderr)
@@ -344,11 +340,7 @@ def run(args: argparse.Namespace) -> int:
         report = {"verdict": "FAIL" if failed else "PASS", **header, "threshold": args.threshold,
                   "float32_limit": FLOAT32_LIMIT, "cer": cer, "formulas": FORMULAS, "environment": environment,
                   "clips": [asdict(clip) for clip in clips]}  # fmt: skip
-        report = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON has no NaN: null
-        try:
-            common.write_whole(args.json, json.dumps(report, ensure_ascii=False, indent=1))
-        except OSError as error:
-            raise common.SetupError(f"--json {args.json}: {error.strerror}") from error
+        common.write_report(args.json, report)
     return int(failed)
 
 

@@ -13,7 +13,6 @@ chunk, because what a model finds in it, and so the work, would differ between d
 """
 import argparse
 import contextlib
-import json
 import resource
 import sys
 import tempfile
@@ -312,11 +311,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the arguments say; the exit status. Raises SetupError."""
-    for path in args.audio:
-        try:
-            common.check_file(path)
-        except common.AudioError as error:
-            raise common.SetupError(f"{path}: {error}") from error
+    common.require_files(args.audio)
     started = time.perf_counter()
     device, warning = common.select_device(args.device)
     if warning:
@@ -335,10 +330,7 @@ def run(args: argparse.Namespace) -> int:
             "comparable": counts[0] == counts[-1], "imports_s": imports_s, "peak_rss_bytes": peak_rss_bytes(),
             "columns": [asdict(column) for column in columns],
         }  # fmt: skip
-        try:
-            common.write_whole(args.json, json.dumps(report, ensure_ascii=False, indent=1))
-        except OSError as error:
-            raise common.SetupError(f"--json {args.json}: {error.strerror}") from error
+        common.write_report(args.json, report)
     return int(counts[0] != counts[-1])
 
 
