@@ -419,17 +419,26 @@ def cpu_encoder_layer(layer, hidden_states: torch.Tensor, *arguments, **options)
 
 
 def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
-    """Attention of transformers, (batch, n_heads, n, head_dim) each: (batch, n, n_heads, head_dim)."""
+    """Attention of transformers, (batch, n_heads, n, head_dim) each: (batch, n, n_heads, head_dim).
+
+    One query at a time, as in decoding, it is two products of matrix and vector in float32.
+    """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    query3, key3, value3 = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
-    rounded = torch.bmm(query3, key3)
-    rest = torch.baddbmm(rounded, query3, key3, beta=-1)  # what the rounding to bfloat16 took away
-    weights = (rounded.float() + rest.float()).softmax(-1).to(value.dtype)
-    return torch.bmm(weights, value3).view(query.shape).transpose(1, 2), None
+    query3, key3, value3 = (states.float().flatten(0, 1) for states in (query, key, value))
+    weights = torch.bmm(key3, query3.transpose(1, 2)).transpose(1, 2).softmax(-1)
+    context = torch.bmm(value3.transpose(1, 2), weights.transpose(1, 2)).to(query.dtype)
+    return context.view(query.shape).transpose(1, 2), None
+
+
+def arrange_cross_attention(cache: transformers.EncoderDecoderCache) -> None:
+    """Lay out the keys and values of the encoder's output as cpu_attention reads them fastest, once for all tokens."""
+    for layer in cache.cross_attention_cache.layers:
+        layer.keys = layer.keys.float()
+        layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)
 
 
 # --- Random weights and the environment ---
@@ -703,6 +712,8 @@ def decode(
         hidden = model.model.decoder(
             input_ids=token_ids, encoder_hidden_states=encoded, past_key_values=cache, cache_position=position
         ).last_hidden_state[:, -1]
+        if i == 0 and model.config._attn_implementation == "cpu_attention":
+            arrange_cross_attention(cache)
         columns.append((model.proj_out(hidden).float() + bias).argmax(-1))
         ended |= columns[-1] == end
         if (i + 1) % CHECK_EVERY == 0 and ended.all():
