@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -41,13 +43,24 @@ PROMPT_LENGTH = 4  # <|startoftranscript|>, language, task, <|notimestamps|>
 MAX_NEW_TOKENS = 448 - PROMPT_LENGTH  # every Whisper decoder has 448 positions
 CHECK_EVERY = 8  # tokens after which decoding asks whether all rows have ended
 SILENCE_DBFS = -60.0  # speech is louder, the noise of a quiet 16-bit recording is not
+LOUDEST_SAMPLE = 100.0  # 40 dB above full scale: floats beyond are integers written as they are, or damage
 LEVEL_WINDOW_S, LEVEL_HOP_S = 0.3, 0.01  # longer than the closure of a stop consonant or of a small tsu
 SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
 
+CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # characters that end a line or steer a terminal
+
 
 class SetupError(Exception):
     """The options, the device or the model cannot be used; the message is one line for the user."""
+
+
+class DeviceError(SetupError):
+    """What was asked of the device failed."""
+
+
+class OutOfMemoryError(DeviceError):
+    """It did not fit the device's memory; a smaller batch may."""
 
 
 class AudioError(Exception):
@@ -72,12 +85,16 @@ class Segment:
 
 @dataclass
 class Transcript:
-    """One file: its segments in order, its length in seconds, its silent chunks, and why it failed if it did."""
+    """One file: its segments in order, its length in seconds, its silent chunks, and why it failed if it did.
+
+    taken_s is its part of the time: that of each batch is divided among the batch's chunks.
+    """
 
     path: str
     segments: list[Segment] = field(default_factory=list)
     duration: float = 0.0
     silent: int = 0
+    taken_s: float = 0.0
     error: str | None = None
 
 
@@ -141,8 +158,18 @@ def exit_status(program: str, run: Callable[[argparse.Namespace], int], args: ar
         message, status = f"error: {first_line(error)}", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    print(f"{program}: {message}", file=sys.stderr)
+    print(one_line(f"{program}: {message}"), file=sys.stderr)
     return status
+
+
+def one_line(message: str) -> str:
+    """A message with escapes for the line breaks and other control characters that a file's name may have."""
+    return re.sub(CONTROL, lambda match: repr(match[0])[1:-1], message)
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON that is UTF-8 even where a file's name is not: the name's odd bytes become escapes of lone surrogates."""
+    return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "backslashreplace").decode()
 
 
 def write_stdout(text: str) -> None:
@@ -161,11 +188,15 @@ def write_whole(path: str, content: str) -> None:
     """Write a UTF-8 file so that it is there whole or not at all, however the program ends. Raises OSError."""
     folder, name = os.path.split(os.path.realpath(path))
     special = os.path.exists(path) and not os.path.isfile(path)  # such as /dev/stdout, which must not be replaced
-    temporary = path if special else os.path.join(folder, f".{name}.part")
+    mark = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]  # the name and an extension might be too long
+    temporary = path if special else os.path.join(folder, f".{mark}.part")
     os.makedirs(folder, exist_ok=True)
     try:
         with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(content)
+            if not special:
+                file.flush()
+                os.fsync(file.fileno())  # else it may be there and empty after a power cut
         if not special:
             os.replace(temporary, os.path.join(folder, name))
     finally:
@@ -178,7 +209,7 @@ def write_report(path: str, report: dict) -> None:
     """Write what --json asks for; NaN becomes null, for JSON has none. Raises SetupError."""
     report = json.loads(json.dumps(report), parse_constant=lambda name: None)
     try:
-        write_whole(path, json.dumps(report, ensure_ascii=False, indent=1))
+        write_whole(path, to_json(report, indent=1))
     except OSError as error:
         raise SetupError(f"--json {path}: {error.strerror}") from error
 
@@ -226,14 +257,18 @@ def start_npu(index: int) -> str | None:
 def select_device(name: str | None) -> tuple[torch.device, str | None]:
     """The named device; without a name the NPU, else the CPU and a warning that says why not the NPU.
 
+    Under torchrun each process of a machine has a device of its own, and its part of the CPU's threads.
     To be called before transformers is imported. Raises SetupError where the named device cannot be used.
     """
     # Where torch_npu is installed and CANN is not, a plain `import torch` fails; start_npu imports it with care.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     import torch
 
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if n_processes > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // n_processes))
     kind, _, index = (name or "npu").partition(":")
-    index = int(index or 0)
+    index = int(index or os.environ.get("LOCAL_RANK", "0"))
     if kind == "npu":
         problem = start_npu(index)
         if problem is None:
@@ -261,13 +296,23 @@ def select_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def device_errors(device: torch.device) -> Iterator[None]:
-    """Turn what torch raises where a device is full or lost into a SetupError."""
+    """Turn what torch raises where a device is full or lost into a DeviceError."""
     try:
         yield
     except RuntimeError as error:
-        full = "out of memory" in str(error)
-        remedy = "a smaller --batch-size needs less" if full else "see whether the device still answers"
-        raise SetupError(f"{device} failed: {first_line(error)} ({remedy})") from error
+        if re.search("out of memory|can't allocate memory", str(error)):
+            raise OutOfMemoryError(f"{device} failed: {first_line(error)} (see what else holds its memory)") from error
+        raise DeviceError(f"{device} failed: {first_line(error)} (see whether it still answers)") from error
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still computes."""
+    import torch
+
+    try:
+        return (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).tolist() == [[2, 2], [2, 2]]
+    except RuntimeError:
+        return False
 
 
 def suppress_bias(generation_config, n_vocab: int) -> torch.Tensor:
@@ -552,8 +597,9 @@ def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]
     rate, n_read = sound.samplerate, 0
     try:
         while len(block := sound.read(min(rate, 1 << 20), dtype="float32", always_2d=True)):
-            if not np.isfinite(block).all():
-                raise AudioError(f"NaN or infinite samples in the second after {n_read / rate:.0f} s")
+            if not (loudest := np.abs(block).max()) <= LOUDEST_SAMPLE:
+                wrong = f"samples of {loudest:g} where 1 is full scale" if loudest < np.inf else "NaN or infinite samples"
+                raise AudioError(f"{wrong} in the second after {n_read / rate:.0f} s")
             n_read += len(block)
             yield rate, block.mean(axis=1)
     except soundfile.LibsndfileError as error:
@@ -729,7 +775,7 @@ def generate(
 ) -> list[list[int]]:
     """Recognise a batch greedily: the token ids of each row, without the prompt, to the end-of-text id or the limit.
 
-    Raises SetupError where the device fails.
+    Raises DeviceError.
     """
     import torch
 
@@ -737,6 +783,32 @@ def generate(
     with torch.inference_mode(), device_errors(model.device):
         encoded = encode(model, torch.cat(features).to(model.device, model.dtype))
         return decode(recognizer, encoded, language, task, max_new_tokens)
+
+
+def generate_halving(
+    recognizer: Recognizer, features: list[torch.Tensor], batch_size: int, *options
+) -> tuple[list[list[int] | str], int]:
+    """What generate gives, in batches that fit the device's memory: the rows, and the size that the batches came to.
+
+    A row is an error's message where not even its chunk alone fits. Raises DeviceError where anything else fails.
+    """
+    import torch
+
+    rows = []
+    while len(rows) < len(features):
+        batch = features[len(rows) : len(rows) + batch_size]
+        try:
+            rows += generate(recognizer, batch, *options)
+        except OutOfMemoryError as error:
+            if len(batch) == 1:
+                rows.append(str(error))
+            else:
+                batch_size = len(batch) // 2
+        else:
+            continue
+        if recognizer.model.device.type != "cpu":  # here, where the error no longer holds what it was about
+            getattr(torch, recognizer.model.device.type).empty_cache()
+    return rows, batch_size
 
 
 def ahead(items: Iterable) -> Iterator:
@@ -761,6 +833,8 @@ def prepare(
         transcript = Transcript(path)
         try:
             for start, end, waveform in read_chunks(path, extractor, chunk_length_s):
+                if transcript.error is not None:  # the device failed at an earlier chunk
+                    break
                 features = None if waveform is None else extract_features(extractor, waveform)
                 batch.append((transcript, Segment(start, end), features))
                 n_features += features is not None
@@ -773,23 +847,42 @@ def prepare(
     yield batch
 
 
+def refuse(message: str) -> None:
+    """Take a notice for an error: raises SetupError."""
+    raise SetupError(message)
+
+
 def transcribe(
     recognizer: Recognizer, paths: Iterable[str], language: str, task: str, max_new_tokens: int,
     chunk_length_s: float, batch_size: int, on_progress: Callable[[float], None] = lambda seconds: None,
+    on_notice: Callable[[str], None] = refuse,
 ) -> Iterator[Transcript]:  # fmt: skip
-    """The transcript of each file, in order. on_progress is told the seconds of audio done since it was last called.
+    """The transcript of each file, in order.
 
-    Chunks of several files share a batch, and while an accelerator decodes one batch the next is read. Raises
-    SetupError.
+    Chunks of several files share a batch, and while an accelerator decodes one batch the next is read. on_progress is
+    told the seconds of audio done since it was last called, on_notice that the batches had to become smaller. What
+    the device fails at fails its files. Raises DeviceError once the device no longer answers.
     """
-    tokenizer = recognizer.tokenizer
+    device, started = recognizer.model.device, time.perf_counter()
     batches = prepare(paths, recognizer.extractor, chunk_length_s, batch_size)
-    if recognizer.model.device.type != "cpu":  # whose OpenMP threads would wait for each other: half the speed
+    if device.type != "cpu":  # whose OpenMP threads would wait for each other: half the speed
         batches = ahead(batches)
+    size = batch_size
     for batch in batches:
-        features = [row for _, _, row in batch if row is not None]
-        rows = iter(generate(recognizer, features, language, task, max_new_tokens) if features else ())
+        features, problem = [row for _, _, row in batch if row is not None], None
+        try:
+            rows, smaller = generate_halving(recognizer, features, size, language, task, max_new_tokens)
+        except DeviceError as error:
+            rows, smaller, problem = [str(error)] * len(features), size, str(error)
+        if smaller < size:
+            on_notice(f"{device} is out of memory in batches of {size}: --batch-size {smaller} from here on")
+            size = smaller
+        now = time.perf_counter()
+        share_s, started = (now - started) / (len(features) or len(batch)), now
+        rows = iter(rows)
         for transcript, segment, row in batch:
+            if row is not None or not features:
+                transcript.taken_s += share_s
             if segment is None:
                 yield transcript
                 continue
@@ -797,10 +890,22 @@ def transcribe(
             if row is None:
                 transcript.silent += 1
             else:
-                token_ids = next(rows)
-                segment.text = tokenizer.decode(token_ids, skip_special_tokens=True).replace("\n", " ").strip()
-                data = segment.text.encode()
-                segment.compression_ratio = len(data) / len(zlib.compress(data))
-                segment.token_limit = token_ids[-1] != tokenizer.eos_token_id
-                transcript.segments.append(segment)
+                finish_segment(transcript, segment, next(rows), recognizer.tokenizer)
             on_progress(segment.end - segment.start)
+        if problem and not answers(device):
+            if batch[-1][1] is not None:  # the rest of this file is in batches to come
+                yield batch[-1][0]
+            raise DeviceError(f"{device} no longer answers")
+
+
+def finish_segment(transcript: Transcript, segment: Segment, row: list[int] | str, tokenizer) -> None:
+    """Give a segment the text of its token ids, and the transcript the segment; or the error that there is instead."""
+    if isinstance(row, str):
+        transcript.error = row
+        return
+    text = tokenizer.decode(row, skip_special_tokens=True)
+    segment.text = re.sub(CONTROL, " ", text).strip()
+    data = segment.text.encode()
+    segment.compression_ratio = len(data) / len(zlib.compress(data))
+    segment.token_limit = row[-1] != tokenizer.eos_token_id
+    transcript.segments.append(segment)

@@ -2,15 +2,20 @@
 
     python3 inference.py --audio meeting.mp3
     python3 inference.py --audio recordings/ --output-dir transcripts/ --output-format srt
+    torchrun --nproc-per-node 8 inference.py --audio corpus/ --output-dir out/ --skip-existing
 
 The transcript goes to stdout or to files in --output-dir, and everything else to stderr.
 """
 import argparse
 import contextlib
-import json
+import errno
+import io
 import os
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
+from datetime import timedelta
 
 import soundfile
 from tqdm import tqdm
@@ -45,47 +50,76 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="chunks decoded together, across files too (default: %(default)s)")  # fmt: skip
     add("--output-dir", "-o", metavar="DIR", help="write files there (default: write to stdout)")
     add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt", help="(default: %(default)s)")
+    add("--skip-existing", action="store_true", help="skip the files whose outputs are all there")
+    add("--report", metavar="FILE", help="write a line of JSON about each file there, as soon as it is done")
     return parser.parse_args(argv)
 
 
-def find_audio(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """The files to transcribe as (path, output name without extension), and what is wrong with the arguments.
+def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[common.Transcript]]:
+    """The files to transcribe, path and output name without extension, and those that cannot be.
 
-    A folder is searched recursively, and its tree is kept in the output names.
+    A folder is searched recursively, links to folders too, and its tree is kept in the output names.
     """
-    inputs, problems = [], []
+    inputs, failed = {}, []
     for argument in arguments:
-        if os.path.isdir(argument):
-            paths = sorted(
-                os.path.join(folder, name)
-                for folder, _, names in os.walk(argument)
-                for name in names
-                if name.lower().endswith(AUDIO_EXTENSIONS) and not name.startswith(".")
-            )
-            inputs += [(path, os.path.splitext(os.path.relpath(path, argument))[0]) for path in paths]
-            if not paths:
-                problems.append(f"{argument}: no audio in this folder ({' '.join(AUDIO_EXTENSIONS)})")
-        else:
+        if not os.path.isdir(argument):
             try:
                 common.check_file(argument)
-                inputs.append((argument, os.path.splitext(os.path.basename(argument))[0]))
+                inputs.setdefault(argument, os.path.splitext(os.path.basename(argument))[0])
             except common.AudioError as error:
-                problems.append(f"{argument}: {error}")
-    return inputs, problems
+                failed.append(common.Transcript(argument, error=str(error)))
+            continue
+        found, searched, unreadable = {}, set(), []
+        for folder, folders, names in os.walk(argument, onerror=unreadable.append, followlinks=True):
+            folders.sort()
+            if (real := os.path.realpath(folder)) in searched:  # a link to where the search has been
+                folders.clear()
+                continue
+            searched.add(real)
+            for name in sorted(names):
+                if name.lower().endswith(AUDIO_EXTENSIONS) and not name.startswith("."):
+                    path = os.path.join(folder, name)
+                    found[path] = os.path.splitext(os.path.relpath(path, argument))[0]
+        inputs |= found | inputs  # whose first mention names their outputs
+        failed += [common.Transcript(error.filename, error=error.strerror) for error in unreadable]
+        if not found and not unreadable:
+            message = f"no audio in this folder ({' '.join(AUDIO_EXTENSIONS)})"
+            failed.append(common.Transcript(argument, error=message))
+    return inputs, failed
 
 
-def plan_outputs(inputs: list[tuple[str, str]], many: bool, args: argparse.Namespace) -> list[list[str]]:
-    """The files to write for each input, none for stdout. Raises SetupError where they cannot all be written."""
+def share(paths: Iterable[str], rank: int, world_size: int) -> list[str]:
+    """The files of one of world_size processes, the longest first, all of them together about as long as the others'.
+
+    Their length is taken to be that in bytes: to open them all would take too long.
+    """
+
+    def n_bytes(path: str) -> int:
+        with contextlib.suppress(OSError):
+            return os.path.getsize(path)
+        return 0
+
+    loads, mine = [0] * world_size, []
+    for size, path in sorted(((n_bytes(path), path) for path in paths), reverse=True):
+        lightest = loads.index(min(loads))
+        loads[lightest] += size + 1
+        if lightest == rank:
+            mine.append(path)
+    return mine
+
+
+def plan_outputs(inputs: dict[str, str], many: bool, args: argparse.Namespace) -> dict[str, list[str]]:
+    """The files to write for the path of each input, none for stdout. Raises SetupError where two would be one."""
     if args.output_dir is None:
         if args.output_format == "all" or (many and args.output_format not in ("txt", "json")):
             raise common.SetupError(f"--output-format {args.output_format} needs --output-dir")
-        return [[] for _ in inputs]
+        return {path: [] for path in inputs}
     extensions = FORMATS if args.output_format == "all" else [args.output_format]
-    owners = {os.path.abspath(path): path for path, _ in inputs}
-    planned = []
-    for path, name in inputs:
-        planned.append([os.path.join(args.output_dir, f"{name}.{extension}") for extension in extensions])
-        for output in planned[-1]:
+    owners = {os.path.abspath(path): path for path in inputs}
+    planned = {}
+    for path, name in inputs.items():
+        planned[path] = [os.path.join(args.output_dir, f"{name}.{extension}") for extension in extensions]
+        for output in planned[path]:
             if owner := owners.get(os.path.abspath(output)):
                 raise common.SetupError(
                     f"the transcript of {path} would overwrite {output}, which belongs to {owner}: rename one of "
@@ -132,7 +166,7 @@ def render(transcript: common.Transcript, extension: str, language: str) -> str:
         ]  # fmt: skip
         content = {"text": full_text(transcript, language), "segments": rows, "language": language}
         content |= {"duration": round(transcript.duration, 3), "path": transcript.path}
-        return json.dumps(content, ensure_ascii=False) + "\n"
+        return common.to_json(content) + "\n"
     srt = extension == "srt"
     mark = "," if srt else "."
     cues = "" if srt else "WEBVTT\n\n"
@@ -145,7 +179,8 @@ def render(transcript: common.Transcript, extension: str, language: str) -> str:
 def deliver(transcript: common.Transcript, outputs: list[str], args: argparse.Namespace, many: bool) -> None:
     """Write a transcript to its output files, or to stdout where it has none; what fails becomes its error."""
     if not outputs and many and args.output_format == "txt":
-        common.write_stdout(f"{transcript.path}\t{full_text(transcript, args.language)}\n")
+        path = common.one_line(transcript.path)
+        common.write_stdout(f"{path}\t{full_text(transcript, args.language)}\n")
     elif not outputs:
         common.write_stdout(render(transcript, args.output_format, args.language))
     for output in outputs:
@@ -155,78 +190,166 @@ def deliver(transcript: common.Transcript, outputs: list[str], args: argparse.Na
             transcript.error = f"cannot write {output}: {error.strerror}"
 
 
+def program() -> str:
+    """What messages begin with: the name of the script and, where there are several processes, which it is."""
+    rank = os.environ.get("RANK")
+    return "inference.py" if rank is None else f"inference.py, rank {rank}"
+
+
 def notice(message: str) -> None:
-    """One line on stderr, above the progress bar."""
-    tqdm.write(f"inference.py: {message}", file=sys.stderr)
+    """One line on stderr, above the progress bar; in one piece, for other processes may write there too."""
+    tqdm.write(common.one_line(f"{program()}: {message}") + "\n", file=sys.stderr, end="")
 
 
-def closing_line(
-    n_files: int, n_failed: int, transcripts: list[common.Transcript], load_s: float, taken_s: float, model
-) -> str:
+def summarize(transcript: common.Transcript, status: str) -> dict[str, object]:
+    """A line of --report."""
+    return {
+        "path": transcript.path, "status": status if transcript.error is None else "failed",
+        "audio_s": round(transcript.duration, 3), "taken_s": round(transcript.taken_s, 3),
+        "segments": len(transcript.segments), "silent": transcript.silent,
+        "cut": sum(segment.token_limit for segment in transcript.segments),
+        "looping": sum(segment.looping for segment in transcript.segments), "error": transcript.error,
+    }  # fmt: skip
+
+
+def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, model=None) -> str:
     """What was done, how fast and on what, and what to be careful with."""
-    segments = [segment for transcript in transcripts for segment in transcript.segments]
-    audio_s = sum(transcript.duration for transcript in transcripts)
+    n_files, audio_s = totals["done"] + totals["failed"] + totals["skipped"], totals["audio_s"]
+    line = f"{n_files} file{'s' * (n_files != 1)}, {totals['failed']} failed"
+    line += f", {totals['skipped']} skipped" if totals["skipped"] else ""
+    if model is None:
+        return line
     rtf = f", RTF {taken_s:.1f} / {audio_s:.1f} = {taken_s / audio_s:.3f}" if audio_s else ""
     return (
-        f"{n_files} file{'s' * (n_files != 1)}, {n_failed} failed; {audio_s:.1f} s of audio in "
-        f"{taken_s:.1f} s{rtf} (and {load_s:.1f} s to load) on {model.device} in {str(model.dtype)[6:]}; chunks: "
-        f"{len(segments)} decoded, {sum(transcript.silent for transcript in transcripts)} silent, "
-        f"{sum(segment.token_limit for segment in segments)} cut at the token limit, "
-        f"{sum(segment.looping for segment in segments)} looping"
+        f"{line}; {audio_s:.1f} s of audio in {taken_s:.1f} s{rtf} (and {load_s:.1f} s to load) on {model.device} in "
+        f"{str(model.dtype)[6:]}; chunks: {totals['segments']} decoded, {totals['silent']} silent, {totals['cut']} cut "
+        f"at the token limit, {totals['looping']} looping"
     )
 
 
-def progress_bar(inputs: list[tuple[str, str]], window_s: float) -> tqdm:
+def progress_bar(paths: list[str], window_s: float) -> tqdm:
     """A bar in seconds of audio on a terminal, where there is more than one chunk to wait for."""
     if not sys.stderr.isatty():
         return tqdm(disable=True)
     total = None  # of several files, or of one that only ffmpeg can read
-    with contextlib.suppress(soundfile.SoundFileError, TypeError, OSError):
-        total = soundfile.info(inputs[0][0]).duration if len(inputs) == 1 else None
+    with contextlib.suppress(soundfile.SoundFileError, TypeError, OSError), open(paths[0], "rb") as file:
+        total = soundfile.info(file).duration if len(paths) == 1 else None
     short = total is not None and total <= window_s
     done = "{n:.0f} s of audio" if total is None else "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s of audio"
     return tqdm(total=total, disable=short, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Transcribe what the arguments name; the exit status. Raises SetupError."""
-    inputs, problems = find_audio(args.audio)
-    n_files = len(inputs) + len(problems)
-    planned = plan_outputs(inputs, n_files > 1, args)
-    for problem in problems:
-        notice(f"error: {problem}")
-    if not inputs:
-        return 1
-    if args.task == "translate" and "bilingual" not in args.model:
-        notice("kotoba-whisper-v2.0 was trained for Japanese transcription only; to translate, use --model "
-               "kotoba-tech/kotoba-whisper-bilingual-v1.0")  # fmt: skip
+def open_report(path: str | None) -> contextlib.AbstractContextManager:
+    """The file of --report, unbuffered, or None. Raises SetupError."""
+    if path is None:
+        return contextlib.nullcontext()
+    try:
+        return open(path, "wb", buffering=0)
+    except OSError as error:
+        raise common.SetupError(f"--report {path}: {error.strerror}") from error
+
+
+def record(transcript: common.Transcript, status: str, totals: Counter, report: io.RawIOBase | None) -> None:
+    """Count a file, say it where it failed, and write its line of the report."""
+    line = summarize(transcript, status)
+    totals.update({key: value for key, value in line.items() if isinstance(value, int | float)})
+    totals[line["status"]] += 1
+    if transcript.error is not None:
+        notice(f"error: {transcript.path}: {transcript.error}")
+    if report is not None:
+        data = f"{common.to_json(line)}\n".encode()
+        try:
+            if report.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            totals["unreported"] += 1
+            notice(f"error: {transcript.path} is missing in the report: {error.strerror}")
+
+
+def transcribe(paths: list[str], outputs: dict[str, list[str]], many: bool, totals: Counter, report, args) -> int:
+    """Load the model, transcribe files and deliver their transcripts; the exit status. Raises SetupError."""
     started = time.perf_counter()
     device, warning = common.select_device(args.device)
     if warning:
         notice(f"warning: {warning}")
     recognizer = common.load_model(args.model, device, common.select_dtype(args.dtype, device), args.language)
-    loaded = time.perf_counter()
-    transcripts = []
-    with progress_bar(inputs, recognizer.extractor.chunk_length) as bar:
+    loaded, stopped, n_before = time.perf_counter(), None, totals["done"] + totals["failed"]
+    with progress_bar(paths, recognizer.extractor.chunk_length) as bar:
         results = common.transcribe(
-            recognizer, [path for path, _ in inputs], args.language, args.task, args.max_new_tokens,
-            args.chunk_length, args.batch_size, on_progress=bar.update,
+            recognizer, paths, args.language, args.task, args.max_new_tokens, args.chunk_length, args.batch_size,
+            on_progress=bar.update, on_notice=lambda message: notice(f"warning: {message}"),
         )  # fmt: skip
-        for transcript, outputs in zip(results, planned, strict=True):
-            if transcript.error is None:
-                deliver(transcript, outputs, args, n_files > 1)
-            if transcript.error is not None:
-                problems.append(transcript.path)
-                notice(f"error: {transcript.path}: {transcript.error}")
-            transcripts.append(transcript)
-    taken_s = time.perf_counter() - loaded
-    notice(closing_line(n_files, len(problems), transcripts, loaded - started, taken_s, recognizer.model))
-    return int(bool(problems))
+        try:
+            for transcript in results:
+                if transcript.error is None:
+                    deliver(transcript, outputs[transcript.path], args, many)
+                record(transcript, "done", totals, report)
+        except common.DeviceError as error:
+            stopped = error
+    notice(closing_line(totals, loaded - started, time.perf_counter() - loaded, recognizer.model))
+    if stopped:
+        n_left = len(paths) + n_before - totals["done"] - totals["failed"]
+        notice(f"error: {stopped}; files not reached: {n_left} (--skip-existing goes on with them)")
+        return 2
+    return int(totals["failed"] + totals["unreported"] > 0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Transcribe what the arguments name; the exit status. Raises SetupError."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    for option, given in (("--skip-existing", args.skip_existing), ("more than one process", world_size > 1)):
+        if given and args.output_dir is None:
+            raise common.SetupError(f"{option} needs --output-dir")
+    inputs, failed = find_audio(args.audio)
+    many = len(inputs) + len(failed) > 1
+    outputs = plan_outputs(inputs, many, args)
+    mine, report_path = list(inputs), args.report
+    if world_size > 1:
+        mine, failed = share(inputs, rank, world_size), failed if rank == 0 else []
+        report_path = report_path and f"{report_path}.{rank}"
+    if args.task == "translate" and "bilingual" not in args.model:
+        notice("kotoba-whisper-v2.0 was trained for Japanese transcription only; to translate, use --model "
+               "kotoba-tech/kotoba-whisper-bilingual-v1.0")  # fmt: skip
+    totals, paths = Counter(), []
+    with open_report(report_path) as report:
+        for transcript in failed:
+            record(transcript, "failed", totals, report)
+        for path in mine:
+            if args.skip_existing and all(map(os.path.isfile, outputs[path])):
+                record(common.Transcript(path), "skipped", totals, report)
+            else:
+                paths.append(path)
+        if paths:
+            return transcribe(paths, outputs, many, totals, report, args)
+    if totals["skipped"] or world_size > 1:
+        notice(closing_line(totals))
+    return int(bool(failed) or totals["unreported"] > 0)
+
+
+def shared_status(status: int) -> int:
+    """The exit status of one of the processes of torchrun, which ends all of a machine as soon as one fails.
+
+    So they end with 0, but for the last one to end, which ends with 1 where any of them failed.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return status
+    import torch.distributed
+
+    where = f"{os.environ['GROUP_RANK']}/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    try:
+        store = torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=60)
+        )
+        store.add(f"failed/{where}", int(status != 0))
+        last = store.add(f"ended/{where}", 1) == int(os.environ["LOCAL_WORLD_SIZE"])
+        return int(last and store.add(f"failed/{where}", 0) > 0)
+    except RuntimeError:  # the process that keeps the store has gone
+        return status
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
-    return common.exit_status("inference.py", run, parse_arguments(argv))
+    return shared_status(common.exit_status(program(), run, parse_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from conftest import FAKE_NPU, MODEL, ROOT, run, write
+from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, run, write
 from tone_speech import random_text, synthesize
 
 import eval_performance
 
-needs_fake = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10), reason="torch before 2.10 has no Python device hook"
-)
 QUICK = ["--model", MODEL, "--warmup", "1", "--runs", "2", "--max-new-tokens", "9"]
 FAKE = {"PYTHONPATH": str(FAKE_NPU)}
 

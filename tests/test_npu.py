@@ -1,4 +1,5 @@
 """The NPU: on a simulated one, on none, and with the real torch_npu that has no CANN to load."""
+import json
 import os
 import platform
 import re
@@ -6,15 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import FAKE_NPU, MODEL, run, write
+from conftest import FAKE_NPU, MODEL, needs_fake, run, write
 from tone_speech import random_text, spoken, synthesize
-
-# The simulated NPU is a device written in Python, which torch allows from 2.10 on.
-needs_fake = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10), reason="torch before 2.10 has no Python device hook"
-)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +35,6 @@ def test_the_npu_transcribes_in_float16(hello, options):
 
 @needs_fake
 def test_npu_and_cpu_give_the_same_text(tmp_path):
-    import numpy as np
-
     text = random_text(np.random.default_rng(4), 90, 6)
     path = write(tmp_path / "long.flac", synthesize(text, 44_100), 44_100)
     result = infer("--audio", path, "--device", "npu", "--dtype", "float32", "--batch-size", "3")
@@ -84,18 +79,75 @@ def test_an_index_out_of_range(hello):
 
 
 @needs_fake
-@pytest.mark.parametrize(
-    "environment, words",
-    [
-        ({"FAKE_NPU_BYTES": "100"}, "npu:0 failed: NPU out of memory."),  # no room for the model
-        ({"FAKE_NPU_BYTES": "700000"}, "a smaller --batch-size needs less"),  # no room for the batch
-        ({"FAKE_NPU_FAULT": "lost"}, "npu:0 failed: NPU function error: aclrtSynchronizeStream, error code is 507018"),
-    ],
-)
-def test_an_npu_that_fails_at_work(hello, environment, words):
-    result = infer("--audio", hello, "--device", "npu", **environment)
+def test_a_model_that_does_not_fit(hello):
+    result = infer("--audio", hello, "--device", "npu", FAKE_NPU_BYTES="100")
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert words in result.stderr
+    assert "npu:0 failed: NPU out of memory." in result.stderr
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> list[str]:
+    """Three files of one chunk each."""
+    folder = tmp_path_factory.mktemp("three")
+    return [write(folder / f"{text}.wav", synthesize(text)) for text in ("あさ", "ひる", "よる")]
+
+
+def lines_of(report) -> list[tuple[str, str | None]]:
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    return [(line["status"], line["error"]) for line in lines]
+
+
+@needs_fake
+def test_a_batch_that_does_not_fit_is_halved(tmp_path):
+    text = random_text(np.random.default_rng(5), 300, 6)
+    path = write(tmp_path / "long.flac", synthesize(text))
+    n_bytes = 2 * 128 * 3000 * 2 + 100  # the features of two chunks
+    result = infer("--audio", path, "--device", "npu", FAKE_NPU_BYTES=str(n_bytes))
+    assert (result.returncode, result.stdout.replace("\n", "")) == (0, spoken(text))
+    warning, closing = result.stderr.splitlines()
+    assert warning.endswith("warning: npu:0 is out of memory in batches of 8: --batch-size 2 from here on")
+    assert "1 file, 0 failed" in closing
+
+
+@needs_fake
+def test_a_chunk_that_does_not_fit_fails_its_file(three, tmp_path):
+    result = infer("--audio", *three, "--device", "npu", "--report", tmp_path / "r", FAKE_NPU_BYTES="700000")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.count("error: ") == 3 and result.stderr.count("warning: ") == 1
+    for status, error in lines_of(tmp_path / "r"):
+        assert status == "failed" and error.startswith("npu:0 failed: NPU out of memory.")
+
+
+@needs_fake
+def test_an_npu_that_stumbles_fails_the_files_of_the_batch(three, tmp_path):
+    options = ["--device", "npu", "--batch-size", "1", "--report", tmp_path / "r"]
+    result = infer("--audio", *three, *options, FAKE_NPU_FAULT="stumble")
+    assert (result.returncode, result.stdout) == (1, f"{three[1]}\tひる\n{three[2]}\tよる\n")
+    assert "あさ.wav: npu:0 failed: NPU function error: aclrtSynchronizeStream, error code is 507018" in result.stderr
+    assert [status for status, _ in lines_of(tmp_path / "r")] == ["failed", "done", "done"]
+
+
+@needs_fake
+def test_an_npu_that_no_longer_answers_ends_the_run(three, tmp_path):
+    options = ["--device", "npu", "--batch-size", "1", "--report", tmp_path / "r"]
+    n_products = 60  # more than the first file's encoder, fewer than all
+    result = infer("--audio", *three, *options, FAKE_NPU_FAULT="lost", FAKE_NPU_AFTER=str(n_products))
+    outcome = [status for status, _ in lines_of(tmp_path / "r")]
+    assert outcome in (["failed"], ["done", "failed"]) and result.returncode == 2
+    assert result.stdout.count("\n") == outcome.count("done")
+    closing, error = result.stderr.splitlines()[-2:]
+    assert f"{len(outcome)} file" in closing and "1 failed" in closing
+    assert f"error: npu:0 no longer answers; files not reached: {3 - len(outcome)} (" in error
+
+
+@needs_fake
+def test_a_long_file_fails_whole(three, tmp_path):
+    """Not with the text of the chunks before and after the one that failed."""
+    path = write(tmp_path / "long.flac", synthesize(random_text(np.random.default_rng(5), 300, 6)))
+    options = ["--device", "npu", "--batch-size", "2", "--output-dir", tmp_path / "out"]
+    result = infer("--audio", path, three[0], *options, FAKE_NPU_FAULT="stumble", FAKE_NPU_AFTER="300")
+    assert result.returncode == 1 and result.stderr.count("inference.py: error: ") == 1 and "2 files, 1 failed" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["あさ.txt"]
 
 
 @needs_fake

@@ -10,7 +10,9 @@ which torch has from 2.10 on. Environment variables make it fail as the real one
                      driver      the driver is not mounted into the container
                      no-device   everything is installed but there is no NPU
                      busy        the NPU is listed but does not start
-                     lost        the NPU stops answering at the first matrix product
+                     lost        the NPU stops answering at a matrix product
+                     stumble     one matrix product fails
+    FAKE_NPU_AFTER   how many matrix products go well before (0)
     FAKE_NPU_COUNT   how many NPUs there are (1)
     FAKE_NPU_BYTES   the largest tensor that fits the NPU's memory (no limit)
 
@@ -21,6 +23,7 @@ import types
 
 FAULT = os.environ.get("FAKE_NPU_FAULT", "")
 COUNT = 0 if FAULT == "no-device" else int(os.environ.get("FAKE_NPU_COUNT", "1"))
+AFTER = int(os.environ.get("FAKE_NPU_AFTER", "0"))
 MAX_BYTES = float(os.environ.get("FAKE_NPU_BYTES", "inf"))
 if FAULT == "missing":
     raise ModuleNotFoundError("No module named 'torch_npu'", name="torch_npu")
@@ -36,7 +39,7 @@ from torch.utils.backend_registration import (  # noqa: E402
 )
 
 # launches: operations; syncs: times the host waited; pending: launches since it last waited
-STATS = {"launches": 0, "syncs": 0, "pending": 0, "to_device": 0, "to_host": 0}
+STATS = {"launches": 0, "syncs": 0, "pending": 0, "to_device": 0, "to_host": 0, "products": 0}
 VIEWS = {"view", "_unsafe_view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze",
          "squeeze", "detach", "alias", "as_strided", "split", "unbind", "_reshape_alias"}  # fmt: skip
 
@@ -103,8 +106,11 @@ def dispatch(func, args, kwargs):
         )
     if len({tensor.device for tensor in ours}) > 1 and not copies:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found several NPUs ({name})")
-    if FAULT == "lost" and name in ("mm", "addmm", "bmm"):
-        raise RuntimeError("NPU function error: aclrtSynchronizeStream, error code is 507018\n[ERROR] task abort")
+    if name in ("mm", "addmm", "bmm"):
+        STATS["products"] += 1
+        n_late = STATS["products"] - AFTER
+        if (FAULT == "lost" and n_late > 0) or (FAULT == "stumble" and n_late == 1):
+            raise RuntimeError("NPU function error: aclrtSynchronizeStream, error code is 507018\n[ERROR] task abort")
     device = kwargs.get("device")
     target = torch.device(device) if device is not None else (ours[0].device if ours else None)
     STATS["launches"] += name not in VIEWS

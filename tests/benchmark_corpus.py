@@ -1,0 +1,67 @@
+"""Thousands of clips with the tiny model on the CPU: does a clip's time, or memory, grow with their number?
+
+    python3 tests/benchmark_corpus.py
+
+Clips of 1 to 10 s in ten folders; the time to the first result is that after the model was loaded.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tone_speech import random_text, synthesize
+
+TESTS = Path(__file__).parent
+COMMAND = [sys.executable, str(TESTS.parent / "inference.py"), "--device", "cpu"]
+COMMAND += ["--model", str(TESTS / "tiny_whisper")]
+
+
+def make_clips(folder: Path, n_clips: int) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(n_clips):
+        (folder / f"{i % 10}").mkdir(exist_ok=True, parents=True)
+        speech = synthesize(random_text(rng, int(rng.integers(2, 25))))
+        soundfile.write(folder / f"{i % 10}" / f"{i:05d}.wav", speech, 16_000)
+
+
+def run(*options: object) -> tuple[float, float, str]:
+    """Seconds, peak memory in MB and the last line of a run."""
+    started = time.perf_counter()
+    process = subprocess.Popen([*COMMAND, *map(str, options)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    err = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        sys.exit(err)
+    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e6, err.splitlines()[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=2000, help="(default: %(default)s)")
+    args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory() as temporary:
+        corpus, report = Path(temporary) / "corpus", Path(temporary) / "report.jsonl"
+        make_clips(corpus, args.clips)
+        clips = sorted(corpus.rglob("*.wav"))
+        for n in (args.clips // 10, args.clips):
+            out = Path(temporary) / f"out{n}"
+            _, memory_mb, line = run("--audio", *clips[:n], "--output-dir", out, "--report", report)
+            taken_ms = [1000 * json.loads(line)["taken_s"] for line in report.read_text().splitlines()]
+            quarters = " ".join(f"{np.mean(part):.1f}" for part in np.array_split(taken_ms, 4))
+            print(f"{n} clips: {quarters} ms a clip in each quarter of them, {memory_mb:.0f} MB at most")
+            print(f"  {line}")
+        seconds, _, line = run("--audio", corpus, "--output-dir", Path(temporary) / f"out{n}", "--skip-existing")
+        print(f"as a folder, all there: {seconds:.1f} s, {line}")
+        many_s = [run("--audio", clip)[0] for clip in clips[:5]]
+        print(f"a process for each clip: {np.median(many_s):.1f} s a clip (median of {len(many_s)})")
+
+
+if __name__ == "__main__":
+    main()

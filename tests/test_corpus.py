@@ -1,0 +1,237 @@
+"""Many files: several processes, starting again after a kill, disks that fill up, and the report of a run."""
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import kills
+import numpy as np
+import pytest
+from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, run, write
+from tone_speech import random_text, spoken, synthesize
+
+import common
+import inference
+
+CPU = ["--model", MODEL, "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> dict[str, str]:
+    """Name without extension and text of ten recordings of 1 to 10 s, in two folders."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    (folder / "deep").mkdir()
+    texts = {f"{'deep/' * (i % 2)}{i}": random_text(rng, 2 + int(rng.integers(22))) for i in range(10)}
+    for name, text in texts.items():
+        write(folder / f"{name}.wav", synthesize(text))
+    return folder, texts
+
+
+def torchrun(*arguments: str, n_processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_processes)]
+    return subprocess.run(
+        [*command, str(ROOT / "inference.py"), "--model", MODEL, *map(str, arguments)], capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment}, timeout=300,
+    )  # fmt: skip
+
+
+def lines_of(result: subprocess.CompletedProcess, rank: int) -> list[str]:
+    """What one process said."""
+    start = f"inference.py, rank {rank}: "
+    return [line.removeprefix(start) for line in result.stderr.splitlines() if line.startswith(start)]
+
+
+# --- several processes ---
+
+
+def test_shares_are_disjoint_whole_and_even(tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = {str(tmp_path / f"{i:03d}"): int(rng.integers(1, 100_000)) for i in range(300)}
+    for path, size in sizes.items():
+        with open(path, "wb") as file:
+            file.truncate(size)
+    shares = [inference.share([*sizes, "absent"], rank, 8) for rank in range(8)]
+    assert sorted(path for share in shares for path in share) == sorted([*sizes, "absent"])
+    loads = [sum(sizes.get(path, 0) for path in share) for share in shares]
+    assert max(loads) - min(loads) <= 0.01 * max(loads)
+    for share in shares:
+        lengths = [sizes.get(path, 0) for path in share]
+        assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("npu", marks=needs_fake)])
+def test_torchrun_transcribes_every_file_once(corpus, tmp_path, device):
+    folder, texts = corpus
+    options = ["--device", "cpu"] if device == "cpu" else []
+    environment = {"PYTHONPATH": str(FAKE_NPU), "FAKE_NPU_COUNT": "2"}
+    report = tmp_path / "report"
+    result = torchrun("--audio", folder, "-o", tmp_path / "out", "--report", report, *options, **environment)
+    assert result.returncode == 0, result.stderr
+    for rank in (0, 1):
+        [line] = lines_of(result, rank)
+        where = "cpu" if device == "cpu" else f"npu:{rank}"
+        assert re.match(r"[3-7] files, 0 failed; [\d.]+ s of audio in ", line) and f"on {where} in" in line
+    lines = [json.loads(line) for rank in (0, 1) for line in Path(f"{report}.{rank}").read_text().splitlines()]
+    assert sorted(line["path"] for line in lines) == sorted(f"{folder}/{name}.wav" for name in texts)
+    for name, text in texts.items():
+        assert (tmp_path / "out" / f"{name}.txt").read_text() == f"{text}\n"
+
+
+def test_a_failed_file_fails_the_run_but_ends_no_other_process(corpus, tmp_path):
+    """torchrun ends all processes as soon as one has failed: here the one that has nothing but a bad file."""
+    folder, texts = corpus
+    (tmp_path / "bad.wav").write_bytes(b"bad" * 1_000_000)  # the longest file, alone in its share
+    result = torchrun("--audio", tmp_path / "bad.wav", folder, "-o", tmp_path / "out", "--device", "cpu")
+    assert result.returncode == 1
+    assert "1 file, 1 failed" in lines_of(result, 0)[-1] and "10 files, 0 failed" in lines_of(result, 1)[-1]
+    assert all((tmp_path / "out" / f"{name}.txt").exists() for name in texts)
+
+
+def test_an_absent_file_is_reported_by_one_process(corpus, tmp_path):
+    result = torchrun("--audio", "absent.wav", corpus[0] / "0.wav", "-o", tmp_path, "--device", "cpu")
+    assert result.returncode == 1 and result.stderr.count("absent.wav: no such file") == 1
+    assert (tmp_path / "0.txt").exists() and lines_of(result, 1) == ["0 files, 0 failed"]
+
+
+def test_several_processes_need_an_output_dir(corpus):
+    result = torchrun("--audio", corpus[0], "--device", "cpu")
+    assert result.returncode == 1 and "error: more than one process needs --output-dir" in result.stderr
+
+
+def test_threads_are_divided_among_processes(tmp_path):
+    code = "import common, torch; common.select_device('cpu'); print(torch.get_num_threads())"
+    environment = {**os.environ, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert int(out.stdout) == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+# --- starting again ---
+
+
+def test_skip_existing(corpus, tmp_path, infer):
+    folder, _ = corpus
+    assert infer("--audio", folder, "-o", tmp_path, "-f", "all")[0] == 0
+    (tmp_path / "0.srt").unlink()
+    (tmp_path / "2.txt").write_text("kept\n")
+    status, out, err = infer("--audio", folder, "-o", tmp_path, "-f", "all", "--skip-existing")
+    assert (status, out) == (0, "") and "10 files, 0 failed, 9 skipped; " in err and "chunks: 1 decoded" in err
+    assert (tmp_path / "0.srt").exists() and (tmp_path / "2.txt").read_text() == "kept\n"
+
+
+def test_when_all_is_there_no_model_is_loaded(corpus, tmp_path, infer, monkeypatch):
+    folder, _ = corpus
+    assert infer("--audio", folder, "-o", tmp_path)[0] == 0
+    monkeypatch.setattr(common, "load_model", lambda *arguments: pytest.fail("the model was loaded"))
+    status, out, err = infer("--audio", folder, "-o", tmp_path, "--skip-existing", "--report", tmp_path / "r")
+    assert (status, out, err) == (0, "", "inference.py: 10 files, 0 failed, 10 skipped\n")
+    lines = [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
+    assert [line["status"] for line in lines] == 10 * ["skipped"]
+
+
+def test_skip_existing_needs_an_output_dir(corpus, infer):
+    status, _, err = infer("--audio", corpus[0], "--skip-existing")
+    assert (status, err) == (2, "inference.py: error: --skip-existing needs --output-dir\n")
+
+
+def test_runs_that_are_killed_lose_nothing():
+    """3 kills; python3 tests/kills.py does 20."""
+    assert kills.run(3, n_files=30, seed=0) == 3
+
+
+# --- what fails on the way ---
+
+
+def test_a_file_that_disappears(corpus, infer, monkeypatch):
+    folder, _ = corpus
+    gone = str(folder / "gone.wav")
+    write(folder / "gone.wav", synthesize("さ"))
+    load = common.load_model
+    monkeypatch.setattr(common, "load_model", lambda *arguments: os.remove(gone) or load(*arguments))
+    status, out, err = infer("--audio", folder)
+    assert (status, out.count("\n")) == (1, 10) and f"error: {gone}: no such file" in err
+
+
+def test_a_full_disk_fails_the_files_that_do_not_fit(corpus, tmp_path):
+    """A limit of the size of files is the part of a full disk that needs no rights to set up."""
+    folder, texts = corpus
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))
+
+    result = run("inference.py", "--audio", folder, "-o", tmp_path, *CPU, preexec_fn=limit)
+    long = {name for name, text in texts.items() if len(f"{text}\n".encode()) > 40}
+    assert 0 < len(long) < 10
+    assert result.returncode == 1 and f"10 files, {len(long)} failed; " in result.stderr
+    assert result.stderr.count("File too large") == len(long)
+    assert {str(p.relative_to(tmp_path))[:-4] for p in tmp_path.rglob("*.txt")} == set(texts) - long
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_report_that_cannot_be_written(corpus, infer, tmp_path):
+    path = corpus[0] / "0.wav"
+    status, out, err = infer("--audio", path, "--report", "/dev/full")
+    assert status == 1 and out == corpus[1]["0"] + "\n" and "0.wav is missing in the report: No space left" in err
+    status, out, err = infer("--audio", path, "--report", tmp_path / "no" / "folder")
+    assert (status, out) == (2, "") and "--report" in err and "No such file" in err
+
+
+def test_a_folder_in_place_of_an_output_folder(corpus, infer, tmp_path):
+    (tmp_path / "deep").write_text("a file")
+    status, _, err = infer("--audio", corpus[0], "-o", tmp_path)
+    assert status == 1 and "10 files, 5 failed" in err and len(list(tmp_path.glob("*.txt"))) == 5
+
+
+# --- the report ---
+
+
+def test_the_report(tmp_path, infer):
+    long = random_text(np.random.default_rng(1), 90, 8)
+    speech = synthesize(long)
+    a = write(tmp_path / "a.wav", np.concatenate([np.zeros(40 * 16_000), speech]))
+    b = write(tmp_path / "b.wav", synthesize("あ" * 40))
+    (tmp_path / "c.wav").write_text("bad")
+    status, _, err = infer(
+        "--audio", "absent.wav", a, b, tmp_path / "c.wav", "--max-new-tokens", 30, "--report", tmp_path / "r"
+    )
+    absent, a, b, c = (json.loads(line) for line in (tmp_path / "r").read_text().splitlines())
+    assert status == 1
+    assert list(a) == ["path", "status", "audio_s", "taken_s", "segments", "silent", "cut", "looping", "error"]
+    assert (absent["path"], absent["status"]) == ("absent.wav", "failed") and "no such file" in absent["error"]
+    assert a["status"] == b["status"] == "done" and a["error"] is None
+    assert a["audio_s"] == pytest.approx(40 + len(speech) / 16_000, abs=1e-3)
+    assert a["segments"] >= 3 and a["silent"] >= 2 and a["taken_s"] > 0
+    assert (b["segments"], b["cut"]) == (1, 1)
+    assert c["status"] == "failed" and "not audio" in c["error"] and c["segments"] == 0
+    taken_s = float(re.search(r"audio in ([\d.]+) s", err)[1])
+    assert a["taken_s"] + b["taken_s"] + c["taken_s"] == pytest.approx(taken_s, abs=0.1 + 0.1 * taken_s)
+
+
+def test_what_is_kept_of_many_files_does_not_grow(corpus, monkeypatch, infer):
+    """The transcripts that have been delivered are let go."""
+    import gc
+    import weakref
+
+    alive, most = weakref.WeakSet(), []
+    summarize = inference.summarize
+
+    def watching(transcript, status):
+        alive.add(transcript)
+        gc.collect()
+        most.append(len(alive))
+        return summarize(transcript, status)
+
+    monkeypatch.setattr(common.Transcript, "__hash__", object.__hash__)
+    monkeypatch.setattr(inference, "summarize", watching)
+    assert infer("--audio", corpus[0], "--batch-size", "1")[0] == 0
+    assert len(most) == 10 and max(most) <= 3
+
+
+def test_the_text_of_a_corpus(corpus, infer):
+    folder, texts = corpus
+    _, out, _ = infer("--audio", folder)
+    assert dict(line.split("\t") for line in out.splitlines()) == {
+        f"{folder}/{name}.wav": spoken(text) for name, text in texts.items()
+    }
