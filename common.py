@@ -598,7 +598,8 @@ def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]
     try:
         while len(block := sound.read(min(rate, 1 << 20), dtype="float32", always_2d=True)):
             if not (loudest := np.abs(block).max()) <= LOUDEST_SAMPLE:
-                wrong = f"samples of {loudest:g} where 1 is full scale" if loudest < np.inf else "NaN or infinite samples"
+                loud = f"samples of {loudest:g} where 1 is full scale"
+                wrong = loud if loudest < np.inf else "NaN or infinite samples"
                 raise AudioError(f"{wrong} in the second after {n_read / rate:.0f} s")
             n_read += len(block)
             yield rate, block.mean(axis=1)

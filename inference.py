@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from datetime import timedelta
+from itertools import chain
 
 import soundfile
 from tqdm import tqdm
@@ -201,12 +202,12 @@ def notice(message: str) -> None:
     tqdm.write(common.one_line(f"{program()}: {message}") + "\n", file=sys.stderr, end="")
 
 
-def summarize(transcript: common.Transcript, status: str) -> dict[str, object]:
+def summarize(transcript: common.Transcript, skipped: bool) -> dict[str, object]:
     """A line of --report."""
+    status = "failed" if transcript.error is not None else "skipped" if skipped else "done"
     return {
-        "path": transcript.path, "status": status if transcript.error is None else "failed",
-        "audio_s": round(transcript.duration, 3), "taken_s": round(transcript.taken_s, 3),
-        "segments": len(transcript.segments), "silent": transcript.silent,
+        "path": transcript.path, "status": status, "audio_s": round(transcript.duration, 3),
+        "taken_s": round(transcript.taken_s, 3), "segments": len(transcript.segments), "silent": transcript.silent,
         "cut": sum(segment.token_limit for segment in transcript.segments),
         "looping": sum(segment.looping for segment in transcript.segments), "error": transcript.error,
     }  # fmt: skip
@@ -249,9 +250,9 @@ def open_report(path: str | None) -> contextlib.AbstractContextManager:
         raise common.SetupError(f"--report {path}: {error.strerror}") from error
 
 
-def record(transcript: common.Transcript, status: str, totals: Counter, report: io.RawIOBase | None) -> None:
+def record(transcript: common.Transcript, totals: Counter, report: io.RawIOBase | None, skipped: bool = False) -> None:
     """Count a file, say it where it failed, and write its line of the report."""
-    line = summarize(transcript, status)
+    line = summarize(transcript, skipped)
     totals.update({key: value for key, value in line.items() if isinstance(value, int | float)})
     totals[line["status"]] += 1
     if transcript.error is not None:
@@ -283,7 +284,7 @@ def transcribe(paths: list[str], outputs: dict[str, list[str]], many: bool, tota
             for transcript in results:
                 if transcript.error is None:
                     deliver(transcript, outputs[transcript.path], args, many)
-                record(transcript, "done", totals, report)
+                record(transcript, totals, report)
         except common.DeviceError as error:
             stopped = error
     notice(closing_line(totals, loaded - started, time.perf_counter() - loaded, recognizer.model))
@@ -307,16 +308,18 @@ def run(args: argparse.Namespace) -> int:
     if world_size > 1:
         mine, failed = share(inputs, rank, world_size), failed if rank == 0 else []
         report_path = report_path and f"{report_path}.{rank}"
+    if report_path and os.path.abspath(report_path) in map(os.path.abspath, [*inputs, *chain(*outputs.values())]):
+        raise common.SetupError(f"--report {report_path} would overwrite a recording or a transcript")
     if args.task == "translate" and "bilingual" not in args.model:
         notice("kotoba-whisper-v2.0 was trained for Japanese transcription only; to translate, use --model "
                "kotoba-tech/kotoba-whisper-bilingual-v1.0")  # fmt: skip
     totals, paths = Counter(), []
     with open_report(report_path) as report:
         for transcript in failed:
-            record(transcript, "failed", totals, report)
+            record(transcript, totals, report)
         for path in mine:
             if args.skip_existing and all(map(os.path.isfile, outputs[path])):
-                record(common.Transcript(path), "skipped", totals, report)
+                record(common.Transcript(path), totals, report, skipped=True)
             else:
                 paths.append(path)
         if paths:

@@ -178,6 +178,14 @@ def test_a_report_that_cannot_be_written(corpus, infer, tmp_path):
     assert (status, out) == (2, "") and "--report" in err and "No such file" in err
 
 
+def test_a_report_that_would_overwrite_a_recording(corpus, infer, tmp_path):
+    path = write(tmp_path / "a.wav", synthesize("さ"))
+    for report in (path, tmp_path / "out" / "a.txt"):
+        status, _, err = infer("--audio", path, "-o", tmp_path / "out", "--report", report)
+        assert status == 2 and f"--report {report} would overwrite a recording or a transcript" in err
+    assert os.path.getsize(path) > 1000
+
+
 def test_a_folder_in_place_of_an_output_folder(corpus, infer, tmp_path):
     (tmp_path / "deep").write_text("a file")
     status, _, err = infer("--audio", corpus[0], "-o", tmp_path)
@@ -217,11 +225,11 @@ def test_what_is_kept_of_many_files_does_not_grow(corpus, monkeypatch, infer):
     alive, most = weakref.WeakSet(), []
     summarize = inference.summarize
 
-    def watching(transcript, status):
+    def watching(transcript, skipped):
         alive.add(transcript)
         gc.collect()
         most.append(len(alive))
-        return summarize(transcript, status)
+        return summarize(transcript, skipped)
 
     monkeypatch.setattr(common.Transcript, "__hash__", object.__hash__)
     monkeypatch.setattr(inference, "summarize", watching)
