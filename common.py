@@ -791,7 +791,7 @@ def generate_halving(
 ) -> tuple[list[list[int] | str], int]:
     """What generate gives, in batches that fit the device's memory: the rows, and the size that the batches came to.
 
-    A row is an error's message where not even its chunk alone fits. Raises DeviceError where anything else fails.
+    Where the device fails at a batch, or the memory does not hold a single chunk, a row is the error's message.
     """
     import torch
 
@@ -800,11 +800,11 @@ def generate_halving(
         batch = features[len(rows) : len(rows) + batch_size]
         try:
             rows += generate(recognizer, batch, *options)
-        except OutOfMemoryError as error:
-            if len(batch) == 1:
-                rows.append(str(error))
-            else:
+        except DeviceError as error:
+            if isinstance(error, OutOfMemoryError) and len(batch) > 1:
                 batch_size = len(batch) // 2
+            else:
+                rows += [str(error)] * len(batch)
         else:
             continue
         if recognizer.model.device.type != "cpu":  # here, where the error no longer holds what it was about
@@ -844,6 +844,8 @@ def prepare(
                     batch, n_features = [], 0
         except AudioError as error:
             transcript.error = str(error)
+        except MemoryError:
+            transcript.error = "there is not enough memory to read it"
         batch.append((transcript, None, None))
     yield batch
 
@@ -870,17 +872,14 @@ def transcribe(
         batches = ahead(batches)
     size = batch_size
     for batch in batches:
-        features, problem = [row for _, _, row in batch if row is not None], None
-        try:
-            rows, smaller = generate_halving(recognizer, features, size, language, task, max_new_tokens)
-        except DeviceError as error:
-            rows, smaller, problem = [str(error)] * len(features), size, str(error)
+        features = [row for _, _, row in batch if row is not None]
+        rows, smaller = generate_halving(recognizer, features, size, language, task, max_new_tokens)
         if smaller < size:
             on_notice(f"{device} is out of memory in batches of {size}: --batch-size {smaller} from here on")
             size = smaller
         now = time.perf_counter()
         share_s, started = (now - started) / (len(features) or len(batch)), now
-        rows = iter(rows)
+        row_of = iter(rows)
         for transcript, segment, row in batch:
             if row is not None or not features:
                 transcript.taken_s += share_s
@@ -891,9 +890,9 @@ def transcribe(
             if row is None:
                 transcript.silent += 1
             else:
-                finish_segment(transcript, segment, next(rows), recognizer.tokenizer)
+                finish_segment(transcript, segment, next(row_of), recognizer.tokenizer)
             on_progress(segment.end - segment.start)
-        if problem and not answers(device):
+        if any(isinstance(row, str) for row in rows) and not answers(device):
             if batch[-1][1] is not None:  # the rest of this file is in batches to come
                 yield batch[-1][0]
             raise DeviceError(f"{device} no longer answers")

@@ -45,6 +45,7 @@ class Measurement:
 
     @property
     def median_s(self) -> float:
+        """The steady state."""
         return float(np.median(self.samples_s))
 
 
