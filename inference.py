@@ -9,9 +9,11 @@ The transcript goes to stdout or to files in --output-dir, and everything else t
 import argparse
 import contextlib
 import errno
+import fcntl
 import io
 import os
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -329,30 +331,46 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(failed) or totals["unreported"] > 0)
 
 
-def shared_status(status: int) -> int:
-    """The exit status of one of the processes of torchrun, which ends all of a machine as soon as one fails.
+def open_tally() -> str | None:
+    """The path of a file that the processes of torchrun on this machine share; None without torchrun.
+
+    They agree on it at the start, when all machines are there: the store of torchrun ends with the first of them.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    import torch.distributed
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+    key = f"inference.py/{os.environ['GROUP_RANK']}/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    if os.environ["LOCAL_RANK"] == "0":
+        store.set(key, tempfile.mkstemp(prefix="inference.py-")[1])
+    return store.get(key).decode()
+
+
+def shared_status(status: int, tally: str) -> int:
+    """The exit status under torchrun, which ends all processes of a machine as soon as one of them fails.
 
     So they end with 0, but for the last one to end, which ends with 1 where any of them failed.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return status
-    import torch.distributed
-
-    where = f"{os.environ['GROUP_RANK']}/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    try:
-        store = torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=60)
-        )
-        store.add(f"failed/{where}", int(status != 0))
-        last = store.add(f"ended/{where}", 1) == int(os.environ["LOCAL_WORLD_SIZE"])
-        return int(last and store.add(f"failed/{where}", 0) > 0)
-    except RuntimeError:  # the process that keeps the store has gone
-        return status
+    with open(tally, "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("1" if status else "0")
+        file.flush()
+        file.seek(0)
+        statuses = file.read()
+    if len(statuses) < int(os.environ["LOCAL_WORLD_SIZE"]):
+        return 0
+    os.remove(tally)
+    return int("1" in statuses)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
-    return shared_status(common.exit_status(program(), run, parse_arguments(argv)))
+    args = parse_arguments(argv)
+    tally = open_tally()
+    status = common.exit_status(program(), run, args)
+    return status if tally is None else shared_status(status, tally)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,26 @@ def test_a_failed_file_fails_the_run_but_ends_no_other_process(corpus, tmp_path)
     result = torchrun("--audio", tmp_path / "bad.wav", folder, "-o", tmp_path / "out", "--device", "cpu")
     assert result.returncode == 1
     assert "1 file, 1 failed" in lines_of(result, 0)[-1] and "10 files, 0 failed" in lines_of(result, 1)[-1]
+    assert all((tmp_path / "out" / f"{name}.txt").exists() for name in texts)
+
+
+def test_a_machine_that_fails_ends_no_other(corpus, tmp_path):
+    """Two torchruns as on two machines: the first has bad files alone, and its end takes torchrun's store away."""
+    folder, texts = corpus
+    (tmp_path / "bad.wav").write_bytes(b"bad" * 1_000_000)
+    (tmp_path / "also.wav").write_bytes(b"bad" * 900_000)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", str(port), "--nproc-per-node"]
+    options = [str(ROOT / "inference.py"), "--model", MODEL, "--device", "cpu", "-o", str(tmp_path / "out")]
+    options += ["--audio", str(tmp_path / "bad.wav"), str(tmp_path / "also.wav"), str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    machines = [subprocess.Popen([*command, "2", "--node-rank", str(i), *options], **pipes) for i in (0, 1)]
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [1, 0], said
+    assert said[0].count("1 file, 1 failed") == 2 and said[1].count(", 0 failed; ") == 2
     assert all((tmp_path / "out" / f"{name}.txt").exists() for name in texts)
 
 
