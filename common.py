@@ -807,8 +807,9 @@ def generate_halving(
                 rows += [str(error)] * len(batch)
         else:
             continue
-        if recognizer.model.device.type != "cpu":  # here, where the error no longer holds what it was about
-            getattr(torch, recognizer.model.device.type).empty_cache()
+        if recognizer.model.device.type != "cpu":
+            with contextlib.suppress(RuntimeError):  # a lost device cannot even do this
+                getattr(torch, recognizer.model.device.type).empty_cache()  # here, where no error holds the tensors
     return rows, batch_size
 
 

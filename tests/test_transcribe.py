@@ -111,6 +111,20 @@ def test_a_bad_file_among_good_ones_fails_alone(tmp_path, corpus, transcribe):
     assert "NaN" in failed.error
 
 
+def test_a_file_too_large_for_the_memory_fails_alone(corpus, transcribe, monkeypatch):
+    paths, texts = corpus
+    read = common.read_chunks
+
+    def read_chunks(path, *options):
+        if path == paths[0]:
+            raise MemoryError
+        return read(path, *options)
+
+    monkeypatch.setattr(common, "read_chunks", read_chunks)
+    failed, good = transcribe(paths[0], paths[1])
+    assert failed.error == "there is not enough memory to read it" and text_of(good) == texts[1]
+
+
 def test_silence_is_counted_and_not_decoded(tmp_path, recognizer, transcribe):
     speech, silence = synthesize("こんにちは"), np.zeros(28 * 16_000, np.float32)
     # What the check is for: the model finds words in digital silence.
