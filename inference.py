@@ -231,8 +231,8 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
 
 
 def progress_bar(paths: list[str], window_s: float) -> tqdm:
-    """A bar in seconds of audio on a terminal, where there is more than one chunk to wait for."""
-    if not sys.stderr.isatty():
+    """A bar in seconds of audio on a terminal of its own, where there is more than one chunk to wait for."""
+    if not sys.stderr.isatty() or os.environ.get("WORLD_SIZE", "1") != "1":
         return tqdm(disable=True)
     total = None  # of several files, or of one that only ffmpeg can read
     with contextlib.suppress(soundfile.SoundFileError, TypeError, OSError), open(paths[0], "rb") as file:
@@ -338,6 +338,7 @@ def open_tally() -> str | None:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # as in common.select_device
     import torch.distributed
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

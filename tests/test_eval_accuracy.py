@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FAKE_NPU, MODEL, ROOT, run, write
+from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, run, write
 from tone_speech import random_text, spoken, synthesize
 
 import common
@@ -239,14 +239,13 @@ CAUGHT = {
 
 @pytest.fixture(scope="module")
 def seeded(clips) -> dict[tuple[str, str], dict]:
-    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("torch before 2.10 has no Python device hook")
     command = [sys.executable, "tests/seed_faults.py", "--model", MODEL, "--audio", *clips]
     environment = {**os.environ, "PYTHONPATH": str(FAKE_NPU)}
     out = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     return {(row["fault"], row["dtype"]): row for row in map(json.loads, out.splitlines())}
 
 
+@needs_fake
 @pytest.mark.parametrize("fault", CAUGHT)
 def test_a_fault_is_caught(seeded, fault):
     row = seeded[fault, "float16"]
@@ -254,10 +253,12 @@ def test_a_fault_is_caught(seeded, fault):
     assert any(reason.startswith(CAUGHT[fault]) for reason in row["reasons"]), row["reasons"]
 
 
+@needs_fake
 def test_no_fault_is_left_out(seeded):
     assert {fault for (fault, _), row in seeded.items() if row["status"]} == set(CAUGHT)
 
 
+@needs_fake
 @pytest.mark.parametrize(
     "change, dtype",
     [("nothing", "float16"), ("nothing", "bfloat16"), ("nothing", "float32"), ("reordered_reductions", "float16"),
@@ -267,10 +268,9 @@ def test_no_false_alarm(seeded, change, dtype):
     assert seeded[change, dtype]["status"] == 0, seeded[change, dtype]["reasons"]
 
 
+@needs_fake
 def test_hf32_is_off_on_the_npu(clips, tmp_path):
     report = tmp_path / "report.json"
-    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("torch before 2.10 has no Python device hook")
     environment = {"PYTHONPATH": str(FAKE_NPU)}
     result = run("eval_accuracy.py", "--model", MODEL, "--audio", clips[0], "--json", report, environment=environment)
     assert "HF32                          off\n" in result.stdout

@@ -341,10 +341,16 @@ def test_a_progress_bar_in_seconds_of_audio(audio):
     assert "s of audio [" not in on_terminal("--audio", audio / "hello.wav")
 
 
+def test_on_a_terminal_a_name_may_be_any_bytes(audio, tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.flac")
+    path.write_bytes((audio / "long.flac").read_bytes())
+    assert "100%" in on_terminal("--audio", path)
+
+
 def test_help_states_every_option_and_default():
     result = run("inference.py", "--help")
     for option in ("audio", "language", "task", "device", "dtype", "model", "max-new-tokens", "chunk-length",
-                   "batch-size", "output-dir", "output-format"):  # fmt: skip
+                   "batch-size", "output-dir", "output-format", "skip-existing", "report"):  # fmt: skip
         assert f"--{option}" in result.stdout
     text = " ".join(result.stdout.split())
     assert text.count("default:") == 10 and "(default: kotoba-tech/kotoba-whisper-v2.0)" in text
