@@ -11,13 +11,11 @@ from pathlib import Path
 import kills
 import numpy as np
 import pytest
-from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, run, write
+from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, write
 from tone_speech import random_text, spoken, synthesize
 
 import common
 import inference
-
-CPU = ["--model", MODEL, "--device", "cpu", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
@@ -175,18 +173,24 @@ def test_a_file_that_disappears(corpus, infer, monkeypatch):
     assert (status, out.count("\n")) == (1, 10) and f"error: {gone}: no such file" in err
 
 
-def test_a_full_disk_fails_the_files_that_do_not_fit(corpus, tmp_path):
-    """A limit of the size of files is the part of a full disk that needs no rights to set up."""
+def test_a_full_disk_fails_the_files_that_do_not_fit(corpus, tmp_path, infer, monkeypatch):
+    """No output grows over 40 bytes: of a full disk the part that needs no rights to set up."""
     folder, texts = corpus
+    before, write_whole = resource.getrlimit(resource.RLIMIT_FSIZE), common.write_whole
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))
+    def write_on_a_full_disk(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
+        try:
+            write_whole(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    result = run("inference.py", "--audio", folder, "-o", tmp_path, *CPU, preexec_fn=limit)
+    monkeypatch.setattr(common, "write_whole", write_on_a_full_disk)
+    status, _, err = infer("--audio", folder, "-o", tmp_path)
     long = {name for name, text in texts.items() if len(f"{text}\n".encode()) > 40}
     assert 0 < len(long) < 10
-    assert result.returncode == 1 and f"10 files, {len(long)} failed; " in result.stderr
-    assert result.stderr.count("File too large") == len(long)
+    assert status == 1 and f"10 files, {len(long)} failed; " in err
+    assert err.count("File too large") == len(long)
     assert {str(p.relative_to(tmp_path))[:-4] for p in tmp_path.rglob("*.txt")} == set(texts) - long
     assert not list(tmp_path.rglob("*.part"))
 
