@@ -115,6 +115,7 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     """An argparse type: an int or a float from low to high."""
 
     def parse(text: str) -> float:
+        """The number; raises argparse.ArgumentTypeError."""
         try:
             if low <= (value := kind(text)) <= high:
                 return value
@@ -871,13 +872,12 @@ def transcribe(
     batches = prepare(paths, recognizer.extractor, chunk_length_s, batch_size)
     if device.type != "cpu":  # whose OpenMP threads would wait for each other: half the speed
         batches = ahead(batches)
-    size = batch_size
     for batch in batches:
         features = [row for _, _, row in batch if row is not None]
-        rows, smaller = generate_halving(recognizer, features, size, language, task, max_new_tokens)
-        if smaller < size:
-            on_notice(f"{device} is out of memory in batches of {size}: --batch-size {smaller} from here on")
-            size = smaller
+        rows, fitting = generate_halving(recognizer, features, batch_size, language, task, max_new_tokens)
+        if fitting < batch_size:
+            on_notice(f"{device} is out of memory in batches of {batch_size}: --batch-size {fitting} from here on")
+            batch_size = fitting
         now = time.perf_counter()
         share_s, started = (now - started) / (len(features) or len(batch)), now
         row_of = iter(rows)

@@ -207,6 +207,7 @@ def measure(recognizer: common.Recognizer, paths: list[str], device, dtype, args
     with tempfile.TemporaryDirectory() as folder:  # the logits of an hour of audio are some 10 GB
 
         def saved() -> Iterator[tuple[Clip, torch.Tensor, dict[str, np.ndarray]]]:
+            """Each clip, its features, and all that the reference computed for it."""
             for i, clip in enumerate(clips):
                 with np.load(f"{folder}/{i}.npz") as arrays:
                     yield clip, torch.from_numpy(arrays["features"]), dict(arrays)
@@ -272,6 +273,7 @@ def format_table(clips: list[Clip], header: dict[str, str], cer: dict[str, float
     """The report for a person: the worst of each figure over the clips, and why a clip failed."""
 
     def worst(name: str, pick=max) -> str:
+        """The largest of a figure over the clips, or what pick makes of them."""
         return f"{pick(clip.overall[name] for clip in clips):.6g}"
 
     n_tokens = sum(len(clip.tokens) for clip in clips)

@@ -105,6 +105,7 @@ def run_stages(
 
     @contextlib.contextmanager
     def timed(stage: str) -> Iterator[None]:
+        """Add the seconds that the block takes to those of a stage."""
         started = clock(model.device)
         yield
         seconds[stage] += clock(model.device) - started

@@ -98,6 +98,7 @@ def share(paths: Iterable[str], rank: int, world_size: int) -> list[str]:
     """
 
     def n_bytes(path: str) -> int:
+        """The size of a file, 0 where it has gone."""
         with contextlib.suppress(OSError):
             return os.path.getsize(path)
         return 0
@@ -269,14 +270,14 @@ def record(transcript: common.Transcript, totals: Counter, report: io.RawIOBase 
             notice(f"error: {transcript.path} is missing in the report: {error.strerror}")
 
 
-def transcribe(paths: list[str], outputs: dict[str, list[str]], many: bool, totals: Counter, report, args) -> int:
-    """Load the model, transcribe files and deliver their transcripts; the exit status. Raises SetupError."""
+def transcribe(paths: list[str], outputs: dict[str, list[str]], many: bool, totals: Counter, report, args) -> bool:
+    """Load the model, transcribe files and deliver their transcripts; whether all were reached. Raises SetupError."""
     started = time.perf_counter()
     device, warning = common.select_device(args.device)
     if warning:
         notice(f"warning: {warning}")
     recognizer = common.load_model(args.model, device, common.select_dtype(args.dtype, device), args.language)
-    loaded, stopped, n_before = time.perf_counter(), None, totals["done"] + totals["failed"]
+    loaded, stopped, n_left = time.perf_counter(), None, len(paths)
     with progress_bar(paths, recognizer.extractor.chunk_length) as bar:
         results = common.transcribe(
             recognizer, paths, args.language, args.task, args.max_new_tokens, args.chunk_length, args.batch_size,
@@ -287,14 +288,13 @@ def transcribe(paths: list[str], outputs: dict[str, list[str]], many: bool, tota
                 if transcript.error is None:
                     deliver(transcript, outputs[transcript.path], args, many)
                 record(transcript, totals, report)
+                n_left -= 1
         except common.DeviceError as error:
             stopped = error
     notice(closing_line(totals, loaded - started, time.perf_counter() - loaded, recognizer.model))
     if stopped:
-        n_left = len(paths) + n_before - totals["done"] - totals["failed"]
         notice(f"error: {stopped}; files not reached: {n_left} (--skip-existing goes on with them)")
-        return 2
-    return int(totals["failed"] + totals["unreported"] > 0)
+    return stopped is None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -324,11 +324,11 @@ def run(args: argparse.Namespace) -> int:
                 record(common.Transcript(path), totals, report, skipped=True)
             else:
                 paths.append(path)
-        if paths:
-            return transcribe(paths, outputs, many, totals, report, args)
-    if totals["skipped"] or world_size > 1:
+        if paths and not transcribe(paths, outputs, many, totals, report, args):
+            return 2
+    if not paths and (totals["skipped"] or world_size > 1):
         notice(closing_line(totals))
-    return int(bool(failed) or totals["unreported"] > 0)
+    return int(totals["failed"] + totals["unreported"] > 0)
 
 
 def open_tally() -> str | None:

@@ -2,7 +2,7 @@
 
     python3 tests/benchmark_corpus.py
 
-Clips of 1 to 10 s in ten folders; the time to the first result is that after the model was loaded.
+Clips of 1 to 10 s.
 """
 import argparse
 import json
@@ -14,20 +14,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import soundfile
-from tone_speech import random_text, synthesize
+from kills import make_corpus
 
 TESTS = Path(__file__).parent
 COMMAND = [sys.executable, str(TESTS.parent / "inference.py"), "--device", "cpu"]
 COMMAND += ["--model", str(TESTS / "tiny_whisper")]
-
-
-def make_clips(folder: Path, n_clips: int) -> None:
-    rng = np.random.default_rng(0)
-    for i in range(n_clips):
-        (folder / f"{i % 10}").mkdir(exist_ok=True, parents=True)
-        speech = synthesize(random_text(rng, int(rng.integers(2, 25))))
-        soundfile.write(folder / f"{i % 10}" / f"{i:05d}.wav", speech, 16_000)
 
 
 def run(*options: object) -> tuple[float, float, str]:
@@ -48,7 +39,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as temporary:
         corpus, report = Path(temporary) / "corpus", Path(temporary) / "report.jsonl"
-        make_clips(corpus, args.clips)
+        make_corpus(corpus, args.clips, seed=0)
         clips = sorted(corpus.rglob("*.wav"))
         for n in (args.clips // 10, args.clips):
             out = Path(temporary) / f"out{n}"
