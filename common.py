@@ -8,25 +8,26 @@ is answered before.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
+import math
+import operator
 import os
 import platform
 import re
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import types
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,15 +39,28 @@ if TYPE_CHECKING:
     import transformers
 
 MODEL = "kotoba-tech/kotoba-whisper-v2.0"
+SAMPLING_RATE, WINDOW_S = 16_000, 30  # of every Whisper, Hz and s
 CHUNK_LENGTH_S = 15  # what the model's authors use
 PROMPT_LENGTH = 4  # <|startoftranscript|>, language, task, <|notimestamps|>
 MAX_NEW_TOKENS = 448 - PROMPT_LENGTH  # every Whisper decoder has 448 positions
+CLAMPED_FLOAT16 = 64_504  # the largest float16 less 1000, as in WhisperEncoderLayer
 CHECK_EVERY = 8  # tokens after which decoding asks whether all rows have ended
 SILENCE_DBFS = -60.0  # speech is louder, the noise of a quiet 16-bit recording is not
 LOUDEST_SAMPLE = 100.0  # 40 dB above full scale: floats beyond are integers written as they are, or damage
 LEVEL_WINDOW_S, LEVEL_HOP_S = 0.3, 0.01  # longer than the closure of a stop consonant or of a small tsu
 SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
-COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
+
+FAR_QUIETER = 100  # 20 dB, in power
+READ_AHEAD = 1 << 17  # bytes: more than a page of an Ogg file, or than libFLAC reads at once
+RECORDING_STARTS = {
+    "OGG": rb"OggS\x00[\x00\x01\x04\x05].*?(OggS\x00\x02)",
+    "FLAC": rb"(fLaC\x00\x00\x00\x22)",
+    "MP3": rb"(ID3[\x02-\x04]\x00|\xff[\xe0-\xff]..(?:.{9}|.{17}|.{32})(?:Xing|Info))",
+}
+TWO_MP3_FRAMES = 2882  # bytes at most: what libsndfile leaves unread where they are all padding
+RESCUE = "ffmpeg -i FILE x.wav saves what can be saved"
+# ffmpeg names the codec that a message is from. Those of pictures do not matter, as where a file begins mid-stream.
+PICTURE_MESSAGE = r"\[(h26|hevc|vvc|av1|libdav1d|vp\d|mpeg\d|msmpeg|mjpeg|png|gif|bmp|webp|vc1|wmv\d|flv|theora)"
 
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # characters that end a line or steer a terminal
 
@@ -63,48 +77,22 @@ class OutOfMemoryError(DeviceError):
     """It did not fit the device's memory; a smaller batch may."""
 
 
+class NotFiniteError(DeviceError):
+    """The model computed NaN or infinity, of which no text can be made."""
+
+
 class AudioError(Exception):
     """One file cannot be transcribed; the message is one line for the user."""
 
 
-@dataclass
-class Segment:
-    """What was said in one chunk; start and end in seconds from the beginning of the file."""
-
-    start: float
-    end: float
-    text: str = ""
-    compression_ratio: float = 0.0
-    token_limit: bool = False  # decoding ended at the token limit: text may be missing
-
-    @property
-    def looping(self) -> bool:
-        """The text repeats itself like that of a decoder caught in a loop."""
-        return self.compression_ratio > COMPRESSION_RATIO_LIMIT
-
-
-@dataclass
-class Transcript:
-    """One file: its segments in order, its length in seconds, its silent chunks, and why it failed if it did.
-
-    taken_s is its part of the time: that of each batch is divided among the batch's chunks.
-    """
-
-    path: str
-    segments: list[Segment] = field(default_factory=list)
-    duration: float = 0.0
-    silent: int = 0
-    taken_s: float = 0.0
-    error: str | None = None
-
-
 @dataclass(frozen=True)
 class Recognizer:
-    """A model on its device, its feature extractor and tokenizer, and the bias that suppress_bias describes."""
+    """A model on its device, its feature extractor and tokenizer, its prompt, and the bias of suppress_bias."""
 
     model: transformers.WhisperForConditionalGeneration
     extractor: transformers.WhisperFeatureExtractor
     tokenizer: transformers.WhisperTokenizerFast
+    prompt: list[int]
     bias: torch.Tensor
 
 
@@ -149,6 +137,10 @@ def add_model_options(add: Callable) -> None:
 
 def exit_status(program: str, run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a script; its exit status, after one line on stderr where the run ended early."""
+    while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # else files opened later would take a closed stream's place
+        pass
+    os.close(unused)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # a StringIO in its place takes any text
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale and the file names
     try:
@@ -159,13 +151,21 @@ def exit_status(program: str, run: Callable[[argparse.Namespace], int], args: ar
         message, status = f"error: {first_line(error)}", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    print(one_line(f"{program}: {message}"), file=sys.stderr)
+    notice(f"{program}: {message}")
     return status
 
 
 def one_line(message: str) -> str:
     """A message with escapes for the line breaks and other control characters that a file's name may have."""
     return re.sub(CONTROL, lambda match: repr(match[0])[1:-1], message)
+
+
+def notice(message: str) -> None:
+    """One line on stderr, above the progress bar; in one piece, for other processes may write there too."""
+    try:
+        tqdm.write(one_line(message) + "\n", file=sys.stderr, end="")
+    except OSError:  # a full disk: the results matter more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def to_json(value: object, indent: int | None = None) -> str:
@@ -175,6 +175,8 @@ def to_json(value: object, indent: int | None = None) -> str:
 
 def write_stdout(text: str) -> None:
     """Write results. Raises BrokenPipeError where the reader has gone, as head does, and SetupError."""
+    if sys.stdout is None:
+        raise SetupError("cannot write to stdout: it is closed")
     try:
         tqdm.write(text, end="")
         sys.stdout.flush()
@@ -185,25 +187,44 @@ def write_stdout(text: str) -> None:
         raise SetupError(f"cannot write to stdout: {error.strerror}") from error
 
 
+def check_outputs(option: str, folder: str, outputs: Iterable[str], inputs: Iterable[str]) -> None:
+    """Make the folder that an option names. Raises SetupError where it cannot, or an output is one of the inputs."""
+    owners = {os.path.realpath(path): path for path in inputs}
+    for output in outputs:
+        if owner := owners.get(os.path.realpath(output)):
+            raise SetupError(f"{option}: {output} would overwrite {owner}: name another place")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError:
+        raise SetupError(f"{option} {folder}: there is a file of that name") from None
+    except OSError as error:
+        raise SetupError(f"{option} {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SetupError(f"{option} {folder}: no permission to write in this folder")
+
+
+def check_report(path: str | None, inputs: Iterable[str]) -> None:
+    """Raise SetupError where the file of --json cannot be written, or is one of the inputs."""
+    if path and os.path.exists(path) and not os.path.isfile(path):
+        raise SetupError(f"--json {path}: not a regular file")
+    if path:
+        check_outputs("--json", os.path.dirname(path) or ".", [path], inputs)
+
+
 def write_whole(path: str, content: str) -> None:
     """Write a UTF-8 file so that it is there whole or not at all, however the program ends. Raises OSError."""
-    folder, name = os.path.split(os.path.realpath(path))
-    special = os.path.exists(path) and not os.path.isfile(path)  # such as /dev/stdout, which must not be replaced
-    mark = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]  # the name and an extension might be too long
-    temporary = path if special else os.path.join(folder, f".{mark}.part")
-    os.makedirs(folder, exist_ok=True)
+    path = os.path.realpath(path)  # a link stays one
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(16)}.part")  # no other process has this one
     try:
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+        with open(temporary, "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write(content)
-            if not special:
-                file.flush()
-                os.fsync(file.fileno())  # else it may be there and empty after a power cut
-        if not special:
-            os.replace(temporary, os.path.join(folder, name))
+            file.flush()
+            os.fsync(file.fileno())  # else it may be there and empty after a power cut
+        os.replace(temporary, path)
     finally:
-        if not special:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 def write_report(path: str, report: dict) -> None:
@@ -255,6 +276,24 @@ def start_npu(index: int) -> str | None:
     return None
 
 
+def torchrun_place() -> tuple[int, int, int, int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of torchrun; 0, 1, 0, 1 in a process that it did not start.
+
+    Raises SetupError where they contradict each other, whoever set them.
+    """
+    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    given = {name: os.environ[name] for name in place if name in os.environ}
+    started = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun sets it; clusters set some of the others on their own
+    whole = all(text.isascii() and text.isdigit() for text in given.values())
+    numbers = {name: int(text) for name, text in given.items()} if whole else {}
+    rank, world_size, local_rank, local_world_size = (numbers.get(name, place[name]) for name in place)
+    pairs = [("RANK", rank, "WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size)]
+    if not whole or (started and len(given) < 4) or any(a in given and b in given and i >= n for a, i, b, n in pairs):
+        said = " ".join(f"{name}={text}" for name, text in given.items())
+        raise SetupError(f"{said}: not what torchrun sets: unset {' '.join(given)}, or start with torchrun")
+    return (rank, world_size, local_rank, local_world_size) if started else (0, 1, 0, 1)
+
+
 def select_device(name: str | None) -> tuple[torch.device, str | None]:
     """The named device; without a name the NPU, else the CPU and a warning that says why not the NPU.
 
@@ -265,11 +304,11 @@ def select_device(name: str | None) -> tuple[torch.device, str | None]:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     import torch
 
-    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    _, _, local_rank, n_processes = torchrun_place()
     if n_processes > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // n_processes))
     kind, _, index = (name or "npu").partition(":")
-    index = int(index or os.environ.get("LOCAL_RANK", "0"))
+    index = int(index or local_rank)
     if kind == "npu":
         problem = start_npu(index)
         if problem is None:
@@ -306,14 +345,12 @@ def device_errors(device: torch.device) -> Iterator[None]:
         raise DeviceError(f"{device} failed: {first_line(error)} (see whether it still answers)") from error
 
 
-def answers(device: torch.device) -> bool:
-    """Whether the device still computes."""
+def empty_cache(device: torch.device) -> None:
+    """Let go of the memory of an accelerator that no tensor holds."""
     import torch
 
-    try:
-        return (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).tolist() == [[2, 2], [2, 2]]
-    except RuntimeError:
-        return False
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
 
 
 def suppress_bias(generation_config, n_vocab: int) -> torch.Tensor:
@@ -333,10 +370,12 @@ def suppress_bias(generation_config, n_vocab: int) -> torch.Tensor:
 
 
 def import_transformers() -> types.ModuleType:
-    """transformers without scikit-learn and SciPy: seconds of importing, for losses and for assisted generation."""
+    """transformers, with what is used of it, and without scikit-learn and SciPy: seconds of importing for nothing."""
     import transformers.utils.import_utils
 
+    # There is no public way to have it do without; where these names go, importing only takes longer.
     transformers.utils.import_utils._sklearn_available = transformers.utils.import_utils._scipy_available = False
+    transformers.WhisperForConditionalGeneration  # noqa: B018  (imported when it is used)
     return transformers
 
 
@@ -359,7 +398,39 @@ def download_model(name: str) -> str:
         ) from error
 
 
-def load_model(name: str, device: torch.device, dtype: torch.dtype, language: str = "ja") -> Recognizer:
+def prompt_of(model, processor, language: str, task: str) -> list[int]:
+    """The PROMPT_LENGTH token ids that every decoding begins with.
+
+    Raises ValueError where these, or the other parts of a model folder, do not fit each other.
+    """
+    config, generation, extractor = model.config, model.generation_config, processor.feature_extractor
+    for name in ("decoder_start_token_id", "task_to_id", "no_timestamps_token_id"):
+        if getattr(generation, name, None) is None:
+            raise ValueError(f"generation_config.json has no {name}")
+    if task not in generation.task_to_id:
+        raise ValueError(f"it has no task {task}")
+    language_id, task_id = generation.lang_to_id[f"<|{language}|>"], generation.task_to_id[task]
+    prompt = [generation.decoder_start_token_id, language_id, task_id, generation.no_timestamps_token_id]
+    tokens = ["<|startoftranscript|>", f"<|{language}|>", f"<|{task}|>", "<|notimestamps|>"]
+    suppressed = [*(generation.suppress_tokens or []), *(generation.begin_suppress_tokens or [])]
+    token_ids = [*prompt, *suppressed, processor.tokenizer.eos_token_id]
+    for what, value, expected in [
+        ("mel bins of the feature extractor", extractor.feature_size, config.num_mel_bins),
+        ("sampling rate of the feature extractor", extractor.sampling_rate, SAMPLING_RATE),
+        ("window of the feature extractor", extractor.n_samples, WINDOW_S * SAMPLING_RATE),
+        ("frames of the feature extractor", extractor.nb_max_frames, 2 * config.max_source_positions),
+        ("positions of the decoder", config.max_target_positions, MAX_NEW_TOKENS + PROMPT_LENGTH),
+        ("tokens in the vocabulary", config.vocab_size, max(config.vocab_size, 1 + max(token_ids))),
+        ("tokens of the prompt", processor.tokenizer.convert_ids_to_tokens(prompt), tokens),
+    ]:
+        if value != expected:
+            raise ValueError(f"{what}: {value}, not {expected}")
+    return prompt
+
+
+def load_model(
+    name: str, device: torch.device, dtype: torch.dtype, language: str = "ja", task: str = "transcribe"
+) -> Recognizer:
     """Load a Whisper model from the hub or a local folder, from safetensors and without remote code.
 
     Raises SetupError where it cannot be loaded whole, does not know the language, or does not fit the device.
@@ -380,104 +451,78 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, language: st
         )
         if bad := [*report["missing_keys"], *report["mismatched_keys"]]:
             raise ValueError(f"{len(bad)} weights are missing or of another shape, among them {bad[0]}")
+        prompt = prompt_of(model, processor, language, task)
+        bias = suppress_bias(model.generation_config, model.config.vocab_size)
     except SetupError:
         raise
     except Exception as error:  # broken files raise OSError, ValueError, KeyError, SafetensorError and others
         raise SetupError(f"cannot load the model {name}: {first_line(error)} (is it whole?)") from error
-    bias = suppress_bias(model.generation_config, model.config.vocab_size)
-    return move(Recognizer(model.eval(), processor.feature_extractor, processor.tokenizer, bias), device, dtype)
+    return move(Recognizer(model.eval(), processor.feature_extractor, processor.tokenizer, prompt, bias), device, dtype)
 
 
 def move(recognizer: Recognizer, device: torch.device, dtype: torch.dtype) -> Recognizer:
-    """The same weights on another device; the model is moved, not copied. Raises SetupError where it does not fit."""
+    """The same weights on another device; the model is moved, not copied. Raises DeviceError where it does not fit.
+
+    In bfloat16 on a CPU it is arranged for that, and not to be moved again.
+    """
+    import torch
+
     with device_errors(device):
-        use_plain_kernels(recognizer.model)
         model = recognizer.model.to(device, dtype)
-        use_cpu_kernels(model)
+        if device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            use_cpu_kernels(model)
         return replace(recognizer, model=model, bias=recognizer.bias.to(device))
 
 
-# --- bfloat16 on a CPU: torch's own attention emulates it where there is no AMX, and reads weights at half speed ---
-
-
 def use_cpu_kernels(model: transformers.WhisperForConditionalGeneration) -> None:
-    """Give a model in bfloat16 on a CPU that has it the functions below; leave any other as it is."""
+    """Give a model in bfloat16 on a CPU, which is not moved any more, cpu_attention and packed weights."""
     import torch
     import transformers
 
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
     transformers.AttentionInterface.register("cpu_attention", cpu_attention)
     transformers.AttentionMaskInterface.register("cpu_attention", transformers.masking_utils.sdpa_mask)
     model.set_attn_implementation("cpu_attention")
-    for layer in model.model.encoder.layers:
-        layer.forward = functools.partial(cpu_encoder_layer, layer)
+    # oneDNN reads weights in an order of its own, which torch has no public function for: without it a step of the
+    # decoder takes twice as long. Where these two go, so may these lines.
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 1)  # oneDNN's order, for few rows
+            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 1)
             module.weight = torch.nn.Parameter(packed, requires_grad=False)
             module.forward = functools.partial(cpu_linear, module)
 
 
-def use_plain_kernels(model: transformers.WhisperForConditionalGeneration) -> None:
-    """Undo use_cpu_kernels, so that the model can be moved."""
+def cpu_linear(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T + bias, for a packed weight: (..., n_in) to (..., n_out)."""
     import torch
 
-    if model.config._attn_implementation != "cpu_attention":
-        return
-    model.set_attn_implementation("sdpa")
-    for layer in model.model.encoder.layers:
-        del layer.forward
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight = torch.nn.Parameter(module.weight.to_dense(), requires_grad=False)
-            del module.forward
-    model.tie_weights()
-
-
-def cpu_linear(linear: torch.nn.Linear, x: torch.Tensor, activation: str = "none") -> torch.Tensor:
-    """activation(x @ weight.T + bias), for a packed weight: (..., n_in) to (..., n_out)."""
-    import torch
-
-    return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, activation, [], "none")
-
-
-def cpu_encoder_layer(layer, hidden_states: torch.Tensor, *arguments, **options) -> tuple[torch.Tensor]:
-    """WhisperEncoderLayer.forward for one window, (1, n, d_model), one head at a time: its scores stay in the cache.
-
-    They are rounded to bfloat16, which adds nothing to the error of the output: its other roundings outweigh it.
-    """
-    import torch
-
-    attention, add, [x] = layer.self_attn, torch.ops.mkldnn._linear_pointwise.binary, hidden_states
-    normed = layer.self_attn_layer_norm(x)
-    query = attention.q_proj(normed).mul_(attention.scaling)
-    key, value = attention.k_proj(normed), attention.v_proj(normed)
-    context, scores = torch.empty_like(x), x.new_empty(len(x), len(x))
-    heads = [states.split(attention.head_dim, 1) for states in (query, key, value, context)]
-    for q, k, v, out in zip(*heads, strict=True):
-        torch.mm(q, k.T, out=scores)
-        torch.softmax(scores, -1, out=scores)
-        torch.mm(scores, v, out=out)
-    x = add(context, x, attention.out_proj.weight, attention.out_proj.bias, "add")
-    hidden = cpu_linear(layer.fc1, layer.final_layer_norm(x), "gelu")
-    return (add(hidden, x, layer.fc2.weight, layer.fc2.bias, "add")[None],)
+    return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "none")
 
 
 def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
     """Attention of transformers, (batch, n_heads, n, head_dim) each: (batch, n, n_heads, head_dim).
 
-    One query at a time, as in decoding, it is two products of matrix and vector in float32.
+    torch's own emulates bfloat16 where there is no AMX. Here a single query, as in decoding, is two products of matrix
+    and vector in float32; a whole window goes one head at a time, so that its scores stay in the cache: they are
+    rounded to bfloat16, which its other roundings outweigh.
     """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if query.shape[2] > 1:
+    n_query, n_key = query.shape[2], key.shape[2]
+    if n_query == 1:
+        query3, key3, value3 = (states.float().flatten(0, 1) for states in (query, key, value))
+        weights = torch.bmm(key3, query3.transpose(1, 2)).transpose(1, 2).softmax(-1)
+        context = torch.bmm(value3.transpose(1, 2), weights.transpose(1, 2)).to(query.dtype)
+        return context.view(query.shape).transpose(1, 2), None
+    if n_query < n_key or module.is_causal:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    query3, key3, value3 = (states.float().flatten(0, 1) for states in (query, key, value))
-    weights = torch.bmm(key3, query3.transpose(1, 2)).transpose(1, 2).softmax(-1)
-    context = torch.bmm(value3.transpose(1, 2), weights.transpose(1, 2)).to(query.dtype)
-    return context.view(query.shape).transpose(1, 2), None
+    context, scores = query.new_empty(query.transpose(1, 2).shape), query.new_empty(n_query, n_key)
+    heads = (states.flatten(0, 1) for states in (query, key, value))
+    for q, k, v, out in zip(*heads, (out for row in context for out in row.unbind(1)), strict=True):
+        torch.mm(q, k.T, out=scores)
+        torch.softmax(scores, -1, out=scores)
+        torch.mm(scores, v, out=out)
+    return context, None
 
 
 def arrange_cross_attention(cache: transformers.EncoderDecoderCache) -> None:
@@ -485,39 +530,6 @@ def arrange_cross_attention(cache: transformers.EncoderDecoderCache) -> None:
     for layer in cache.cross_attention_cache.layers:
         layer.keys = layer.keys.float()
         layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)
-
-
-# --- Random weights and the environment ---
-
-
-def random_recognizer(device: torch.device, dtype: torch.dtype) -> Recognizer:
-    """The exact architecture of kotoba-whisper-v2.0 with seeded random weights: speed and numerics without a download.
-
-    Architecture and special ids are those of its config.json and of whisper-large-v3's generation_config.json. It has
-    no tokenizer: its text is the token ids.
-    """
-    import torch
-    from transformers.models.whisper.configuration_whisper import NON_SPEECH_TOKENS_MULTI
-
-    transformers = import_transformers()
-    torch.manual_seed(0)
-    ends = {"pad_token_id": 50256, "bos_token_id": 50257, "eos_token_id": 50257, "decoder_start_token_id": 50258}
-    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
-        vocab_size=51866, num_mel_bins=128, d_model=1280, encoder_layers=32, decoder_layers=2,
-        encoder_attention_heads=20, decoder_attention_heads=20, encoder_ffn_dim=5120, decoder_ffn_dim=5120, **ends,
-    ))  # fmt: skip
-    model.generation_config = transformers.GenerationConfig(
-        is_multilingual=True, lang_to_id={"<|ja|>": 50266}, task_to_id={"translate": 50359, "transcribe": 50360},
-        no_timestamps_token_id=50364, prev_sot_token_id=50362, return_timestamps=False, max_length=448,
-        suppress_tokens=[t for t in NON_SPEECH_TOKENS_MULTI if t < 50257] + [50258, *range(50359, 50364)],
-        begin_suppress_tokens=[220, 50257], **ends,
-    )  # fmt: skip
-    extractor = transformers.WhisperFeatureExtractor(feature_size=128)
-    bias = suppress_bias(model.generation_config, model.config.vocab_size)
-    tokenizer = types.SimpleNamespace(
-        eos_token_id=50257, decode=lambda token_ids, skip_special_tokens: " ".join(map(str, token_ids))
-    )
-    return move(Recognizer(model.eval(), extractor, tokenizer, bias), device, dtype)
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -547,9 +559,9 @@ def environment(device: torch.device) -> dict[str, object]:
 # --- Audio ---
 
 
-def sweep(rate: int) -> np.ndarray:
-    """The default input of the evaluations: a sine from 200 to 800 Hz in three seconds, (3 * rate,) float32."""
-    t = np.arange(3 * rate) / rate
+def sweep() -> np.ndarray:
+    """The default input of the evaluations: a sine from 200 to 800 Hz in three seconds, (48000,) float32."""
+    t = np.arange(3 * SAMPLING_RATE) / SAMPLING_RATE
     return (0.5 * np.sin(2 * np.pi * (200 * t + 100 * t**2))).astype(np.float32)
 
 
@@ -563,76 +575,170 @@ def check_file(path: str) -> None:
         raise AudioError("no permission to read it")
 
 
-def require_files(paths: Iterable[str]) -> None:
-    """Raise SetupError where one of the paths is no file that could hold audio."""
-    for path in paths:
-        try:
-            check_file(path)
-        except AudioError as error:
-            raise SetupError(f"{path}: {error}") from error
-
-
 def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
     """The samples of an audio file, mixed down, second by second: (sampling rate in Hz, (n,) float32), at least once.
 
-    What libsndfile cannot open goes through the ffmpeg program. Raises AudioError.
+    Recordings joined to one file, as by cat, are read one after the other. What libsndfile cannot read goes through
+    the ffmpeg program. Raises AudioError.
     """
     check_file(path)
+    start, size, read_s, reason = 0, os.path.getsize(path), 0.0, "it goes on after what libsndfile reads"
     try:
-        # By descriptor: given a name, soundfile takes x.raw for audio without a header.
-        with open(path, "rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
-            yield from sound_blocks(sound)
+        with open(path, "rb", buffering=0) as file:
+            while start is not None and start < size:
+                end = riff_end(file, start, size)
+                # By descriptor: given a name, soundfile takes x.raw for audio without a header.
+                part = file.fileno() if (start, end) == (0, size) else Part(file, start, end)
+                with Stream(part, closefd=False) as sound:
+                    for rate, block in mono_blocks(sound_blocks(sound), sound.samplerate):
+                        read_s += len(block) / rate
+                        yield rate, block
+                    start = end if end < size else next_recording(file, start, sound)
     except OSError as error:
         raise AudioError(error.strerror or first_line(error)) from error
     except soundfile.LibsndfileError as error:
-        if shutil.which("ffmpeg") is None:
-            raise AudioError(
-                f"not audio that libsndfile reads ({error.error_string.rstrip('.')}); for m4a, mp4, webm and others "
-                "put the ffmpeg program on the PATH"
-            ) from error
-        yield from ffmpeg_blocks(path)
-
-
-def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of an open file, as read_blocks gives them. Raises AudioError."""
-    rate, n_read = sound.samplerate, 0
-    try:
-        while len(block := sound.read(min(rate, 1 << 20), dtype="float32", always_2d=True)):
-            if not (loudest := np.abs(block).max()) <= LOUDEST_SAMPLE:
-                loud = f"samples of {loudest:g} where 1 is full scale"
-                wrong = loud if loudest < np.inf else "NaN or infinite samples"
-                raise AudioError(f"{wrong} in the second after {n_read / rate:.0f} s")
-            n_read += len(block)
-            yield rate, block.mean(axis=1)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"damaged after {n_read / rate:.0f} s: {error.error_string.rstrip('.')}") from error
-    if n_read == 0:
+        start, reason = None, error.error_string.rstrip(".")
+    if start is None and shutil.which("ffmpeg") is None:
+        raise AudioError(
+            f"not audio that libsndfile reads ({reason}); for m4a, mp4, webm and others put the ffmpeg program on the "
+            "PATH"
+        )
+    for rate, block in ffmpeg_blocks(path, read_s) if start is None else ():
+        read_s += len(block) / rate
+        yield rate, block
+    if read_s == 0:
         raise AudioError("no audio in it (0 samples)")
 
 
-def ffmpeg_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of whatever ffmpeg reads, as read_blocks gives them."""
-    # file: keeps a name like concat:x from being taken for a protocol; a w64 stream may be of any length.
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}", "-map", "0:a:0"]
-    command += ["-c:a", "pcm_f32le", "-f", "w64", "pipe:1"]
+class Stream(soundfile.SoundFile):
+    """A sound file read from its beginning to its end."""
+
+    def seekable(self) -> bool:
+        """False: else soundfile seeks after every read to where it is, after which an MP3 decoder errs for 40 ms."""
+        return False
+
+
+class Part(io.RawIOBase):
+    """The bytes from start to end of an open file, as a file of its own."""
+
+    def __init__(self, file: io.FileIO, start: int, end: int):
+        self.file, self.start, self.end = file, start, end
+        self.seek(0)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: self.start, os.SEEK_CUR: self.file.tell(), os.SEEK_END: self.end}[whence]
+        return self.file.seek(max(self.start, base + offset)) - self.start
+
+    def tell(self) -> int:
+        return self.file.tell() - self.start
+
+    def readinto(self, buffer) -> int:
+        return self.file.readinto(memoryview(buffer)[: max(0, self.end - self.file.tell())])
+
+
+def riff_end(file: io.FileIO, start: int, size: int) -> int:
+    """Where the recording at start ends: at size or, in a WAV file, before the next one, which libsndfile chokes on."""
+    header = os.pread(file.fileno(), 8, start)
+    end = start + 8 + int.from_bytes(header[4:], "little")
+    return end if header[:4] == b"RIFF" and os.pread(file.fileno(), 4, end) == b"RIFF" else size
+
+
+def next_recording(file: io.FileIO, start: int, sound: soundfile.SoundFile) -> int | None:
+    """Where the next recording begins in a file of which libsndfile has read the one at start; the file's size if none.
+
+    libsndfile stops after the frames that the head of an MP3 file promises and, but for what it reads ahead, at the end
+    of an Ogg stream or of a FLAC file. None where it may have stopped early: it guesses the length of an MP3 file
+    without such a head from the first bit rates, and then gives less than it has decoded.
+    """
+    position, size = file.tell(), os.fstat(file.fileno()).st_size
+    first, last = max(start + 1, position - READ_AHEAD), position + READ_AHEAD
+    if sound.format == "MP3":
+        first, last = position, position + TWO_MP3_FRAMES
+    data = os.pread(file.fileno(), last - first, first)
+    if sound.format in RECORDING_STARTS and (found := re.search(RECORDING_STARTS[sound.format], data, re.DOTALL)):
+        return first + found.start(1)
+    if sound.format != "MP3" or data.startswith((b"TAG", b"APETAGEX", b"LYRICSBEGIN")):
+        return size
+    tag = os.pread(file.fileno(), 10, start)  # 28 bits of it are its length
+    tag_length = 10 + sum(tag[9 - i] << 7 * i for i in range(4)) if tag[:3] == b"ID3" else 0
+    promised = re.search(b"Xing|Info", os.pread(file.fileno(), 64, start + tag_length))
+    if promised:
+        return size if last >= size else None
+    return None if sound.tell() >= sound.frames and (data or shutil.which("ffmpeg")) else size
+
+
+def sound_blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """The samples of an open file, second by second: (n, n_channels) float32. Raises AudioError."""
+    n_read, limit = 0, sound.frames if sound.format == "FLAC" else math.inf  # in FLAC it would read on into the next
+    try:
+        while n := min(sound.samplerate, 1 << 20, limit - n_read):
+            if not len(block := sound.read(n, dtype="float32", always_2d=True)):
+                break
+            n_read += len(block)
+            yield block
+    except soundfile.LibsndfileError as error:
+        reason = error.error_string.rstrip(".")
+        raise AudioError(f"damaged after {n_read / sound.samplerate:.0f} s: {reason}") from error
+
+
+def mono_blocks(blocks: Iterable[np.ndarray], rate: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Blocks of (n, n_channels), mixed down, as read_blocks gives them. Raises AudioError for what is no audio.
+
+    Where the mix is far quieter than a channel, because channels cancel out or most are silent, it is that channel.
+    """
+    n_read = 0
+    for block in blocks:
+        if not (loudest := np.abs(block).max()) <= LOUDEST_SAMPLE:
+            loud = f"samples of {loudest:g} where 1 is full scale"
+            wrong = loud if loudest < np.inf else "NaN or infinite samples"
+            raise AudioError(f"{wrong} in the second after {n_read / rate:.0f} s")
+        n_read += len(block)
+        mix, power = block.mean(axis=1), np.var(block, axis=0)
+        yield rate, mix if np.var(mix) >= power.max() / FAR_QUIETER else block[:, power.argmax()]
+
+def ffmpeg_blocks(path: str, skipped_s: float) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples of whatever ffmpeg reads, as read_blocks gives them, from skipped_s seconds on.
+
+    They come raw, with no header that could be read in two ways. A first run tells the sampling rate and the number of
+    channels: framecrc writes a line of text for a packet.
+    """
+    # file: keeps a name like concat:x from being taken for a protocol.
+    command = ["ffmpeg", "-nostdin", "-v", "repeat+error", "-xerror", "-i", f"file:{path}", "-map", "0:a:0"]
+    command += ["-c:a", "pcm_f32le"]
+    probe = subprocess.run([*command, "-frames:a", "1", "-f", "framecrc", "pipe:1"], capture_output=True)
+    packet = re.search(rb"#sample_rate 0: (\d+)\n(?:#.*\n)*0,.*?,.*?, *(\d+), *(\d+),", probe.stdout)
+    if packet is None:
+        raise ffmpeg_error(probe.stderr)
+    rate, n_samples, n_bytes = map(int, packet.groups())
+    n_channels = n_bytes // (4 * n_samples)
+    # The timestamps of joined recordings begin anew; those of the samples' number do not.
+    filters = f"asetpts=N/SR/TB,atrim=start_sample={round(skipped_s * rate)}"
+    command += ["-af", filters, "-ar", str(rate), "-ac", str(n_channels), "-f", "f32le", "pipe:1"]
     with (
         tempfile.TemporaryFile() as messages,  # a pipe that nobody reads could block ffmpeg
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process,
     ):
         try:
-            with soundfile.SoundFile(process.stdout.fileno(), closefd=False) as sound:
-                yield from sound_blocks(sound)
-        except soundfile.LibsndfileError:
-            pass  # ffmpeg wrote nothing, and says why
-        else:
+            n_bytes = 4 * n_channels * min(rate, 1 << 20)
+            data = iter(lambda: process.stdout.read(n_bytes), b"")
+            yield from mono_blocks((np.frombuffer(block, "<f4").reshape(-1, n_channels) for block in data), rate)
             process.wait()
         finally:
             process.kill()
         messages.seek(0)
-        lines = messages.read().decode(errors="replace").strip().splitlines()
-        if lines or process.wait() != 0:  # ffmpeg goes on past some damage, and then its status is 0
-            reason = lines[-1] if lines else "ffmpeg does not say why"
-            raise AudioError(f"damaged, or not audio ({reason}); ffmpeg -i FILE x.wav saves what can be saved")
+        if error := ffmpeg_error(messages.read(), process.returncode):
+            raise error
+
+
+def ffmpeg_error(messages: bytes, status: int = 1) -> AudioError | None:
+    """What is wrong with the sound according to ffmpeg, which ends with status 0 after some damage; None if nothing."""
+    lines = [line for line in messages.decode(errors="replace").splitlines() if not re.match(PICTURE_MESSAGE, line)]
+    if any("matches no streams" in line for line in lines):
+        return AudioError("no sound in it, only a picture")
+    if not lines and status == 0:
+        return None
+    reason = re.sub(r"^(\[[^]]*\] )+", "", lines[0]) if lines else "ffmpeg does not say why"
+    return AudioError(f"damaged, or not audio ({reason}); {RESCUE}")
 
 
 def levels(waveform: np.ndarray, rate: int) -> np.ndarray:
@@ -653,14 +759,14 @@ def quietest_cut(waveform: np.ndarray, rate: int) -> int:
 
 
 def split_at_pauses(
-    blocks: Iterable[np.ndarray], rate: int, chunk_length_s: float, window_s: float
+    blocks: Iterable[np.ndarray], rate: int, chunk_length_s: float
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Chunks that tile the blocks without gap or overlap: (index of the first sample, waveform).
 
-    Audio that fits a window of window_s seconds is one chunk. Of longer audio, each stretch of chunk_length_s
+    Audio that fits the window of the model is one chunk. Of longer audio, each stretch of chunk_length_s
     seconds is cut at the quietest moment of its latter half. Little more than a window is held in memory.
     """
-    longest, window = round(chunk_length_s * rate), round(window_s * rate)
+    longest, window = round(chunk_length_s * rate), WINDOW_S * rate
     tail = min(longest // 2, round(SHORTEST_TAIL_S * rate))
     blocks, ended = iter(blocks), False
     buffer, start = np.empty(0, np.float32), 0
@@ -683,78 +789,81 @@ def split_at_pauses(
         yield start, buffer
 
 
-def read_chunks(path: str, extractor, chunk_length_s: float) -> Iterator[tuple[float, float, np.ndarray | None]]:
-    """The chunks of an audio file: start and end in seconds, waveform (n_samples,) float32 at the extractor's rate.
+def import_librosa() -> types.ModuleType:
+    """librosa, also for a user who may write neither where it is installed nor at home: numba must keep a cache."""
+    import librosa
+
+    try:
+        librosa.resample  # noqa: B018  (imported when it is used)
+    except RuntimeError:
+        import numba
+
+        numba.config.CACHE_DIR = folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return librosa
+
+
+def read_chunks(path: str, chunk_length_s: float) -> Iterator[tuple[float, float, np.ndarray | None]]:
+    """The chunks of an audio file: start and end in seconds, waveform (n_samples,) float32 at SAMPLING_RATE.
 
     The waveform is None where nothing in the chunk is louder than SILENCE_DBFS. Raises AudioError.
     """
-    blocks = read_blocks(path)
-    rate, first_block = next(blocks)
-    blocks = itertools.chain([first_block], (block for _, block in blocks))
-    for first, chunk in split_at_pauses(blocks, rate, chunk_length_s, extractor.chunk_length):
-        start, end = first / rate, (first + len(chunk)) / rate
-        if levels(chunk, rate).max() < 10 ** (SILENCE_DBFS / 10):
-            yield start, end, None
-        elif rate == extractor.sampling_rate:
+    offset_s = end = 0.0
+    for rate, blocks in itertools.groupby(read_blocks(path), operator.itemgetter(0)):  # joined recordings may differ
+        for first, chunk in split_at_pauses((block for _, block in blocks), rate, chunk_length_s):
+            start, end = offset_s + first / rate, offset_s + (first + len(chunk)) / rate
+            if levels(chunk, rate).max() < 10 ** (SILENCE_DBFS / 10):
+                chunk = None
+            elif rate != SAMPLING_RATE:
+                chunk = import_librosa().resample(chunk, orig_sr=rate, target_sr=SAMPLING_RATE)
+                chunk = chunk[: WINDOW_S * SAMPLING_RATE]  # rounding may make one more
             yield start, end, chunk
-        else:
-            import librosa
-
-            yield start, end, librosa.resample(chunk, orig_sr=rate, target_sr=extractor.sampling_rate)
+        offset_s = end
 
 
-# --- Transcription ---
+# --- Recognition ---
 
 
 def extract_features(extractor: transformers.WhisperFeatureExtractor, waveform: np.ndarray) -> torch.Tensor:
-    """input_features (1, n_mels, n_frames) float32 on the CPU: the log-mel spectrogram of WhisperFeatureExtractor.
-
-    On one core it takes half the extractor's time, most of which goes into the magnitude of complex numbers. Raises
-    ValueError where the waveform does not fit the model's window, which would cut it off.
-    """
-    import torch
-
+    """input_features (1, n_mels, n_frames) float32 on the CPU. Raises ValueError for more than the model's window."""
     if len(waveform) > extractor.n_samples:
         raise ValueError(f"{len(waveform)} samples do not fit a window of {extractor.n_samples}")
-    padded = torch.from_numpy(np.pad(waveform, (0, extractor.n_samples - len(waveform))))
-    window = torch.hann_window(extractor.n_fft)
-    spectrum = torch.stft(padded, extractor.n_fft, extractor.hop_length, window=window, return_complex=True)[:, :-1]
-    power = spectrum.real**2 + spectrum.imag**2
-    mel = torch.from_numpy(extractor.mel_filters.T.astype(np.float32)) @ power
-    log_mel = mel.clamp_(min=1e-10).log10_()
-    return ((torch.maximum(log_mel, log_mel.max() - 8) + 4) / 4)[None]
-
-
-def prompt_ids(model: transformers.WhisperForConditionalGeneration, language: str, task: str) -> list[int]:
-    """The PROMPT_LENGTH token ids that every decoding begins with."""
-    config = model.generation_config
-    language_id, task_id = config.lang_to_id[f"<|{language}|>"], config.task_to_id[task]
-    return [config.decoder_start_token_id, language_id, task_id, config.no_timestamps_token_id]
+    return extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
 
 
 def encode(model: transformers.WhisperForConditionalGeneration, features: torch.Tensor) -> torch.Tensor:
-    """The encoder's output for input_features on its device, (batch, n_positions, d_model)."""
+    """The encoder's output for input_features on its device, (batch, n_positions, d_model).
+
+    A row is NaN where a layer overflowed in float16, which transformers hides: it clamps the layer's output.
+    """
     import torch
 
-    n_rows = 1 if model.device.type == "cpu" else len(features)  # a CPU computes out of its caches
-    return torch.cat([model.model.encoder(rows).last_hidden_state for rows in features.split(n_rows)])
+    clamped, n_rows = [], 1 if model.device.type == "cpu" else len(features)  # a CPU computes out of its caches
+
+    def look(layer_norm, inputs: tuple[torch.Tensor]) -> None:
+        clamped.append(inputs[0].abs().amax((1, 2)) >= CLAMPED_FLOAT16)
+
+    with model.model.encoder.layer_norm.register_forward_pre_hook(look):
+        encoded = torch.cat([model.model.encoder(rows).last_hidden_state for rows in features.split(n_rows)])
+    if model.dtype != torch.float16:
+        return encoded
+    return encoded.masked_fill(torch.cat(clamped)[:, None, None], float("nan"))
 
 
-def decode(
-    recognizer: Recognizer, encoded: torch.Tensor, language: str, task: str, max_new_tokens: int
-) -> list[list[int]]:
+def decode(recognizer: Recognizer, encoded: torch.Tensor, max_new_tokens: int) -> list[list[int]]:
     """Greedy decoding of an encoder's output: the rows that generate describes, as model.generate would give them.
 
     The host does less for a token than in model.generate, and it waits for the device once in CHECK_EVERY tokens.
+    Raises NotFiniteError.
     """
     import torch
     from transformers import DynamicCache, EncoderDecoderCache
 
     model, end = recognizer.model, recognizer.tokenizer.eos_token_id
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    token_ids = torch.tensor([prompt_ids(model, language, task)] * len(encoded), device=model.device)
+    token_ids = torch.tensor([recognizer.prompt] * len(encoded), device=model.device)
     positions = torch.arange(PROMPT_LENGTH + max_new_tokens, device=model.device)
-    position, bias, columns = positions[:PROMPT_LENGTH], recognizer.bias[0], []
+    position, bias, columns, scores = positions[:PROMPT_LENGTH], recognizer.bias[0], [], []
     ended = torch.zeros(len(encoded), dtype=torch.bool, device=model.device)
     for i in range(max_new_tokens):
         hidden = model.model.decoder(
@@ -762,19 +871,23 @@ def decode(
         ).last_hidden_state[:, -1]
         if i == 0 and model.config._attn_implementation == "cpu_attention":
             arrange_cross_attention(cache)
-        columns.append((model.proj_out(hidden).float() + bias).argmax(-1))
-        ended |= columns[-1] == end
+        score, column = (model.proj_out(hidden).float() + bias).max(-1)
+        scores.append(score)
+        columns.append(column)
+        ended |= column == end
         if (i + 1) % CHECK_EVERY == 0 and ended.all():
             break
-        token_ids, bias = columns[-1][:, None], recognizer.bias[1]
+        token_ids, bias = column[:, None], recognizer.bias[1]
         position = positions[PROMPT_LENGTH + i : PROMPT_LENGTH + i + 1]
-    rows = torch.stack(columns, 1).tolist()
-    return [row[: row.index(end) + 1] if end in row else row for row in rows]
+    rows, scores = torch.stack(columns, 1).tolist(), torch.stack(scores, 1).tolist()
+    rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
+    if not all(math.isfinite(score) for row, of_row in zip(rows, scores, strict=True) for score in of_row[: len(row)]):
+        remedy = "--dtype bfloat16 or float32 may hold them" if model.dtype == torch.float16 else "is the model whole?"
+        raise NotFiniteError(f"{model.device} computes NaN or infinity in {str(model.dtype)[6:]}: {remedy}")
+    return rows
 
 
-def generate(
-    recognizer: Recognizer, features: list[torch.Tensor], language: str, task: str, max_new_tokens: int
-) -> list[list[int]]:
+def generate(recognizer: Recognizer, features: list[torch.Tensor], max_new_tokens: int) -> list[list[int]]:
     """Recognise a batch greedily: the token ids of each row, without the prompt, to the end-of-text id or the limit.
 
     Raises DeviceError.
@@ -784,129 +897,4 @@ def generate(
     model = recognizer.model
     with torch.inference_mode(), device_errors(model.device):
         encoded = encode(model, torch.cat(features).to(model.device, model.dtype))
-        return decode(recognizer, encoded, language, task, max_new_tokens)
-
-
-def generate_halving(
-    recognizer: Recognizer, features: list[torch.Tensor], batch_size: int, *options
-) -> tuple[list[list[int] | str], int]:
-    """What generate gives, in batches that fit the device's memory: the rows, and the size that the batches came to.
-
-    Where the device fails at a batch, or the memory does not hold a single chunk, a row is the error's message.
-    """
-    import torch
-
-    rows = []
-    while len(rows) < len(features):
-        batch = features[len(rows) : len(rows) + batch_size]
-        try:
-            rows += generate(recognizer, batch, *options)
-        except DeviceError as error:
-            if isinstance(error, OutOfMemoryError) and len(batch) > 1:
-                batch_size = len(batch) // 2
-            else:
-                rows += [str(error)] * len(batch)
-        else:
-            continue
-        if recognizer.model.device.type != "cpu":
-            with contextlib.suppress(RuntimeError):  # a lost device cannot even do this
-                getattr(torch, recognizer.model.device.type).empty_cache()  # here, where no error holds the tensors
-    return rows, batch_size
-
-
-def ahead(items: Iterable) -> Iterator:
-    """The same items, each made in a background thread while the caller works on the one before."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        future = thread.submit(next, iterator, end)
-        while (item := future.result()) is not end:
-            future = thread.submit(next, iterator, end)
-            yield item
-
-
-def prepare(
-    paths: Iterable[str], extractor: transformers.WhisperFeatureExtractor, chunk_length_s: float, batch_size: int
-) -> Iterator[list[tuple]]:
-    """Batches with up to batch_size chunks to decode, of several files: lists of (transcript, segment, features).
-
-    features is None where the chunk is silent, segment too at the end of a file.
-    """
-    batch, n_features = [], 0
-    for path in paths:
-        transcript = Transcript(path)
-        try:
-            for start, end, waveform in read_chunks(path, extractor, chunk_length_s):
-                if transcript.error is not None:  # the device failed at an earlier chunk
-                    break
-                features = None if waveform is None else extract_features(extractor, waveform)
-                batch.append((transcript, Segment(start, end), features))
-                n_features += features is not None
-                if n_features == batch_size:
-                    yield batch
-                    batch, n_features = [], 0
-        except AudioError as error:
-            transcript.error = str(error)
-        except MemoryError:
-            transcript.error = "there is not enough memory to read it"
-        batch.append((transcript, None, None))
-    yield batch
-
-
-def refuse(message: str) -> None:
-    """Take a notice for an error: raises SetupError."""
-    raise SetupError(message)
-
-
-def transcribe(
-    recognizer: Recognizer, paths: Iterable[str], language: str, task: str, max_new_tokens: int,
-    chunk_length_s: float, batch_size: int, on_progress: Callable[[float], None] = lambda seconds: None,
-    on_notice: Callable[[str], None] = refuse,
-) -> Iterator[Transcript]:  # fmt: skip
-    """The transcript of each file, in order.
-
-    Chunks of several files share a batch, and while an accelerator decodes one batch the next is read. on_progress is
-    told the seconds of audio done since it was last called, on_notice that the batches had to become smaller. What
-    the device fails at fails its files. Raises DeviceError once the device no longer answers.
-    """
-    device, started = recognizer.model.device, time.perf_counter()
-    batches = prepare(paths, recognizer.extractor, chunk_length_s, batch_size)
-    if device.type != "cpu":  # whose OpenMP threads would wait for each other: half the speed
-        batches = ahead(batches)
-    for batch in batches:
-        features = [row for _, _, row in batch if row is not None]
-        rows, fitting = generate_halving(recognizer, features, batch_size, language, task, max_new_tokens)
-        if fitting < batch_size:
-            on_notice(f"{device} is out of memory in batches of {batch_size}: --batch-size {fitting} from here on")
-            batch_size = fitting
-        now = time.perf_counter()
-        share_s, started = (now - started) / (len(features) or len(batch)), now
-        row_of = iter(rows)
-        for transcript, segment, row in batch:
-            if row is not None or not features:
-                transcript.taken_s += share_s
-            if segment is None:
-                yield transcript
-                continue
-            transcript.duration = segment.end
-            if row is None:
-                transcript.silent += 1
-            else:
-                finish_segment(transcript, segment, next(row_of), recognizer.tokenizer)
-            on_progress(segment.end - segment.start)
-        if any(isinstance(row, str) for row in rows) and not answers(device):
-            if batch[-1][1] is not None:  # the rest of this file is in batches to come
-                yield batch[-1][0]
-            raise DeviceError(f"{device} no longer answers")
-
-
-def finish_segment(transcript: Transcript, segment: Segment, row: list[int] | str, tokenizer) -> None:
-    """Give a segment the text of its token ids, and the transcript the segment; or the error that there is instead."""
-    if isinstance(row, str):
-        transcript.error = row
-        return
-    text = tokenizer.decode(row, skip_special_tokens=True)
-    segment.text = re.sub(CONTROL, " ", text).strip()
-    data = segment.text.encode()
-    segment.compression_ratio = len(data) / len(zlib.compress(data))
-    segment.token_limit = row[-1] != tokenizer.eos_token_id
-    transcript.segments.append(segment)
+        return decode(recognizer, encoded, max_new_tokens)

@@ -3,7 +3,6 @@
     python3 eval_accuracy.py                                          # a 3 s sweep; the NPU in float16
     python3 eval_accuracy.py --audio meeting.wav --json report.json   # every chunk of real recordings
     python3 eval_accuracy.py --manifest test.jsonl                    # and the character error rate
-    python3 eval_accuracy.py --random-weights                         # without a download
 
 The reference is the CPU in float32. It decodes each clip greedily; then the reference and the candidate each run one
 forward over the same features and the same tokens (teacher forcing), and their raw logits are compared in float64.
@@ -45,7 +44,7 @@ class Clip:
     """What was compared in one chunk of audio; the figures are those of FORMULAS."""
 
     name: str
-    utterance: int  # which input it is a part of
+    utterance: int  # which recording it is a part of
     text: str = ""
     candidate_text: str = ""
     difference: str = ""  # where the candidate's tokens differ, and whether at a tie
@@ -115,23 +114,16 @@ def character_error_rates(clips: list[Clip], references: list[str]) -> dict[str,
 # --- Measuring ---
 
 
-def read_clips(paths: list[str], extractor) -> Iterator[tuple[Clip, object]]:
-    """The clips to compare and their features: every chunk that is not silent, or without paths the sweep."""
-    if not paths:
-        yield Clip("sweep", 0), common.extract_features(extractor, common.sweep(extractor.sampling_rate))
-    for utterance, path in enumerate(paths):
-        try:
-            for start, end, waveform in common.read_chunks(path, extractor, common.CHUNK_LENGTH_S):
-                if waveform is not None:
-                    clip = Clip(f"{path}, {start:.1f} to {end:.1f} s", utterance)
-                    yield clip, common.extract_features(extractor, waveform)
-        except common.AudioError as error:
-            raise common.SetupError(f"{path}: {error}") from error
+def read_clips(path: str, utterance: int, extractor) -> Iterator[tuple[Clip, object]]:
+    """The clips to compare and their features: every chunk that is not silent. Raises AudioError."""
+    for start, end, waveform in common.read_chunks(path, common.CHUNK_LENGTH_S):
+        if waveform is not None:
+            yield Clip(f"{path}, {start:.1f} to {end:.1f} s", utterance), common.extract_features(extractor, waveform)
 
 
 def decode(recognizer: common.Recognizer, features, max_new_tokens: int) -> tuple[list[int], str]:
     """Free greedy decoding of one clip: token ids and text."""
-    [tokens] = common.generate(recognizer, [features], "ja", "transcribe", max_new_tokens)
+    [tokens] = common.generate(recognizer, [features], max_new_tokens)
     return tokens, recognizer.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
@@ -140,11 +132,10 @@ def forward(recognizer: common.Recognizer, features, tokens: list[int]) -> dict[
     import torch
 
     model = recognizer.model
-    token_ids = [*common.prompt_ids(model, "ja", "transcribe"), *tokens[:-1]]
     with torch.inference_mode(), common.device_errors(model.device):
         output = model(
             input_features=features.to(model.device, model.dtype),
-            decoder_input_ids=torch.tensor([token_ids], device=model.device),
+            decoder_input_ids=torch.tensor([[*recognizer.prompt, *tokens[:-1]]], device=model.device),
         )
         encoder, logits = output.encoder_last_hidden_state[0], output.logits[0, common.PROMPT_LENGTH - 1 :]
         return {"encoder": encoder.float().cpu().numpy(), "logits": logits.float().cpu().numpy()}
@@ -161,9 +152,12 @@ def measure_candidate(recognizer: common.Recognizer, clip: Clip, features, refer
     clip.overall |= compare_whole(reference["logits"], first["logits"])
     clip.overall["encoder"] = compare_whole(reference["encoder"], first["encoder"])["relative"]
     clip.overall["repeat"] = compare_whole(first["logits"], again["logits"])["relative"]
-    tokens, clip.candidate_text = decode(recognizer, features, args.max_new_tokens)
-    if tokens != clip.tokens:
-        compare_decoding(recognizer, clip, features, tokens, reference["logits"], args.threshold)
+    try:
+        tokens, clip.candidate_text = decode(recognizer, features, args.max_new_tokens)
+        if tokens != clip.tokens:
+            compare_decoding(recognizer, clip, features, tokens, reference["logits"], args.threshold)
+    except common.NotFiniteError as error:
+        clip.faults.append(str(error))
     if not np.isfinite(list(clip.overall.values())).all():
         clip.faults.append("NaN or infinite values")
     limits = {"relative": args.threshold, "repeat": args.threshold, "encoder": ENCODER_FACTOR * args.threshold,
@@ -199,11 +193,16 @@ def compare_decoding(recognizer, clip: Clip, features, tokens: list[int], logits
         clip.faults.append(f"decoding chose tokens that lie {gap:.4g} below the best of the same model's forward")
 
 
-def measure(recognizer: common.Recognizer, paths: list[str], device, dtype, args) -> list[Clip]:
-    """Compare every clip. There is one copy of the model, moved from the reference's device to the candidate's."""
+def measure(
+    recognizer: common.Recognizer, paths: list[str], device, dtype, args: argparse.Namespace
+) -> tuple[list[Clip], list[str]]:
+    """Compare every clip, without paths the sweep: the clips, and the files that cannot be read, which are left out.
+
+    There is one copy of the model, moved from the reference's device to the candidate's.
+    """
     import torch
 
-    clips, bias = [], recognizer.bias
+    clips, left_out, bias = [], [], recognizer.bias
     with tempfile.TemporaryDirectory() as folder:  # the logits of an hour of audio are some 10 GB
 
         def saved() -> Iterator[tuple[Clip, torch.Tensor, dict[str, np.ndarray]]]:
@@ -212,13 +211,26 @@ def measure(recognizer: common.Recognizer, paths: list[str], device, dtype, args
                 with np.load(f"{folder}/{i}.npz") as arrays:
                     yield clip, torch.from_numpy(arrays["features"]), dict(arrays)
 
-        for clip, features in read_clips(paths, recognizer.extractor):
+        def refer(clip: Clip, features: torch.Tensor) -> None:
+            """Compute and save what the candidate is held against."""
             clip.tokens, clip.text = decode(recognizer, features, args.max_new_tokens)
             reference = forward(recognizer, features, clip.tokens)
             top = np.sort(np.partition(reference["logits"], -2)[:, -2:])
             clip.per_token["top1_margin"] = (top[:, 1] - top[:, 0]).tolist()
             np.savez(f"{folder}/{len(clips)}.npz", features=features.numpy(), **reference)
             clips.append(clip)
+
+        if not paths:
+            refer(Clip("sweep", 0), common.extract_features(recognizer.extractor, common.sweep()))
+        for i, path in enumerate(paths):
+            n_before = len(clips)
+            try:
+                for clip, features in read_clips(path, i, recognizer.extractor):
+                    refer(clip, features)
+            except common.AudioError as error:
+                del clips[n_before:]
+                left_out.append(path)
+                common.notice(f"eval_accuracy.py: error: {path}: {error}: left out")
         recognizer = common.move(recognizer, device, torch.float32)
         for clip, features, reference in saved():
             for name, array in forward(recognizer, features, clip.tokens).items():
@@ -229,7 +241,7 @@ def measure(recognizer: common.Recognizer, paths: list[str], device, dtype, args
             measure_candidate(recognizer, clip, features, reference, args)
             if not torch.equal(bias, recognizer.bias.cpu()):
                 clip.faults.append("the candidate suppresses other tokens than the reference")
-    return clips
+    return clips, left_out
 
 
 # --- Command ---
@@ -243,12 +255,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--audio", nargs="+", default=[], metavar="PATH",
+    source.add_argument("--audio", nargs="+", action="extend", default=[], metavar="PATH",
                         help="audio files (default: a sweep of 3 s, 200 to 800 Hz)")  # fmt: skip
     source.add_argument("--manifest", metavar="FILE", help='JSON lines {"audio": ..., "text": ...}: also gives the CER')
     common.add_model_options(add)
     parser.set_defaults(dtype="float16")
-    add("--random-weights", action="store_true", help="the same architecture with seeded random weights, no download")
     add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=128, metavar="N",
         help=f"tokens to compare in a clip, 1 to {common.MAX_NEW_TOKENS} (default: %(default)s)")  # fmt: skip
     add("--threshold", type=common.number(float, 0, 1), default=0.01, metavar="X",
@@ -259,17 +270,29 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def read_manifest(path: str) -> list[tuple[str, str]]:
     """Audio path and text of each line of a JSON lines file; the paths are relative to it. Raises SetupError."""
+    rows, i = [], 0
     try:
         with open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip()]
-        return [(os.path.join(os.path.dirname(path), row["audio"]), str(row["text"])) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            for line in file:
+                i += 1
+                if line.strip():
+                    row = json.loads(line)
+                    if not (isinstance(row["audio"], str) and isinstance(row["text"], str)):
+                        raise ValueError("audio and text are not both strings")
+                    rows.append((os.path.join(os.path.dirname(path), row["audio"]), row["text"]))
+    except OSError as error:
+        raise common.SetupError(f"--manifest {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else common.first_line(error)
         raise common.SetupError(
-            f'--manifest {path}: not JSON lines of {{"audio": ..., "text": ...}} ({common.first_line(error)})'
+            f'--manifest {path}, line {i}: not {{"audio": "a.wav", "text": "..."}} ({reason})'
         ) from error
+    if not rows:
+        raise common.SetupError(f"--manifest {path}: there is no line in it")
+    return rows
 
 
-def format_table(clips: list[Clip], header: dict[str, str], cer: dict[str, float]) -> str:
+def format_table(clips: list[Clip], header: dict[str, str], cer: dict[str, float], n_read: str) -> str:
     """The report for a person: the worst of each figure over the clips, and why a clip failed."""
 
     def worst(name: str, pick=max) -> str:
@@ -293,7 +316,7 @@ def format_table(clips: list[Clip], header: dict[str, str], cer: dict[str, float
         "smallest top-1 margin": f"{min(min(clip.per_token['top1_margin']) for clip in clips):.6g}",
     }
     rows |= {f"CER of the {side}": f"{100 * rate:.4f} %" for side, rate in cer.items()}
-    rows["verdict"] = f"FAIL: {len(failed)} of {len(clips)} clips" if failed else "PASS"
+    rows["verdict"] = (f"FAIL: {len(failed)} of {len(clips)} clips" if failed else "PASS") + n_read
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
     lines += [f"note {clip.name}: {clip.difference}" for clip in clips if clip.difference and not clip.faults]
@@ -313,33 +336,33 @@ def forbid_hf32(device) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate what the arguments say; the exit status. Raises SetupError."""
     utterances = read_manifest(args.manifest) if args.manifest else [(path, "") for path in args.audio]
-    common.require_files(path for path, _ in utterances)
+    paths = [path for path, _ in utterances]
+    common.check_report(args.json, [*paths, *([args.manifest] if args.manifest else [])])
     device, warning = common.select_device(args.device)
     if warning:
-        print(f"eval_accuracy.py: warning: {warning}", file=sys.stderr)
+        common.notice(f"eval_accuracy.py: warning: {warning}")
     import torch
 
     forbid_hf32(device)
     dtype, cpu = common.select_dtype(args.dtype, device), torch.device("cpu")
-    if args.random_weights:
-        recognizer = common.random_recognizer(cpu, torch.float32)
-    else:
-        recognizer = common.load_model(args.model, cpu, torch.float32)
-    clips = measure(recognizer, [path for path, _ in utterances], device, dtype, args)
+    clips, left_out = measure(common.load_model(args.model, cpu, torch.float32), paths, device, dtype, args)
     if not clips:
-        raise common.SetupError("there is nothing to compare: all of the audio is silent")
+        raise common.SetupError(f"there is nothing to compare: of {len(paths)} recordings {len(left_out)} cannot be "
+                                "read, and the others are silent")  # fmt: skip
     environment = common.environment(device)
     failed = any(clip.faults for clip in clips)
     header = {
-        "model": f"{common.MODEL} with random weights" if args.random_weights else args.model,
+        "model": args.model,
         "reference": "cpu in float32",
         "candidate": f"{device} ({environment['device_name']}) in {str(dtype)[6:]}",
         "HF32": {"npu": "off", "cuda": "TF32 off"}.get(device.type, "none on this device"),
     }
-    cer = character_error_rates(clips, [text for _, text in utterances]) if args.manifest else {}
-    common.write_stdout(format_table(clips, header, cer) + "\n")
+    n_read = f", on {len(paths) - len(left_out)} of {len(paths)} recordings" if left_out else ""
+    references = ["" if path in left_out else text for path, text in utterances]
+    cer = character_error_rates(clips, references) if args.manifest else {}
+    common.write_stdout(format_table(clips, header, cer, n_read) + "\n")
     if args.json:
-        report = {"verdict": "FAIL" if failed else "PASS", **header, "threshold": args.threshold,
+        report = {"verdict": "FAIL" if failed else "PASS", **header, "left_out": left_out, "threshold": args.threshold,
                   "float32_limit": FLOAT32_LIMIT, "cer": cer, "formulas": FORMULAS, "environment": environment,
                   "clips": [asdict(clip) for clip in clips]}  # fmt: skip
         common.write_report(args.json, report)

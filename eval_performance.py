@@ -4,12 +4,11 @@
     python3 eval_performance.py --audio meeting.wav              # recordings, as inference.py transcribes them
     python3 eval_performance.py --batch-sizes 1,4,8,16           # throughput against batch size
     python3 eval_performance.py --durations 3,15,60,600          # time against length
-    python3 eval_performance.py --random-weights                 # without a download
 
-A run is common.transcribe, from the file to the text, and no work is left on the device when the clock is read. The
-first run is told apart: on an NPU it prepares kernels. The stages are timed in runs of their own, one after another;
-in a run, an NPU decodes a batch while the next is read. Synthetic audio is decoded to exactly --max-new-tokens in every
-chunk, because what a model finds in it, and so the work, would differ between devices.
+A run goes from the files to the text, with common's own stages one after another, and no work is left on the device
+when the clock is read. It is timed as a whole and, in turns, stage by stage; inference.py reads the next batch while an
+NPU decodes one. The first run is told apart: on an NPU it prepares kernels. Synthetic audio is decoded to exactly
+--max-new-tokens in every chunk, because what a model finds in it, and so the work, would differ between devices.
 """
 import argparse
 import contextlib
@@ -25,7 +24,7 @@ import soundfile
 
 import common
 
-RATE = 16_000  # of synthetic audio, Hz
+RATE = common.SAMPLING_RATE
 PAUSE_S = 0.5  # between its sweeps: where it is cut
 STAGES = ("read and resample", "features", "copy to the device", "encoder", "decode", "text")
 TOLERANCE = 0.05  # by which the stages may miss the end-to-end time without a word
@@ -55,6 +54,7 @@ class Column:
 
     name: str
     environment: dict[str, object]
+    start_s: float | None  # of the device; None for a CPU
     load_s: float
     measurements: list[Measurement]
 
@@ -73,7 +73,7 @@ def clock(device) -> float:
 
 def synthesize(path: str, duration_s: float) -> str:
     """Write sweeps with pauses between them, duration_s seconds in all; the path."""
-    pattern = np.pad(common.sweep(RATE), (0, round(PAUSE_S * RATE)))
+    pattern = np.pad(common.sweep(), (0, round(PAUSE_S * RATE)))
     n_left = round(duration_s * RATE)
     with soundfile.SoundFile(path, "w", RATE, 1) as file:
         while n_left > 0:
@@ -82,38 +82,25 @@ def synthesize(path: str, duration_s: float) -> str:
     return path
 
 
-def run_whole(recognizer: common.Recognizer, paths: list[str], batch_size: int, max_new_tokens: int) -> float:
-    """Transcribe as inference.py does: the seconds of audio. Raises SetupError where a file fails."""
-    audio_s = 0.0
-    for transcript in common.transcribe(
-        recognizer, paths, "ja", "transcribe", max_new_tokens, common.CHUNK_LENGTH_S, batch_size
-    ):
-        if transcript.error:
-            raise common.SetupError(f"{transcript.path}: {transcript.error}")
-        audio_s += transcript.duration
-    return audio_s
+def transcribe(
+    recognizer: common.Recognizer, paths: list[str], batch_size: int, max_new_tokens: int, timed: Callable
+) -> tuple[float, int]:
+    """Transcribe files, each stage in the context timed(stage): the seconds of audio, and the number of tokens.
 
-
-def run_stages(
-    recognizer: common.Recognizer, paths: list[str], batch_size: int, max_new_tokens: int
-) -> tuple[dict[str, float], int]:
-    """The same work stage by stage: the seconds of each, and the number of tokens. It holds all chunks in memory."""
+    It holds all chunks in memory. Raises SetupError.
+    """
     import torch
 
-    model, extractor, tokenizer = recognizer.model, recognizer.extractor, recognizer.tokenizer
-    seconds, n_tokens = dict.fromkeys(STAGES, 0.0), 0
-
-    @contextlib.contextmanager
-    def timed(stage: str) -> Iterator[None]:
-        """Add the seconds that the block takes to those of a stage."""
-        started = clock(model.device)
-        yield
-        seconds[stage] += clock(model.device) - started
-
+    model, audio_s, n_tokens, chunks = recognizer.model, 0.0, 0, []
     with timed("read and resample"):
-        chunks = [chunk for path in paths for *_, chunk in common.read_chunks(path, extractor, common.CHUNK_LENGTH_S)]
+        for path in paths:
+            try:
+                chunks += common.read_chunks(path, common.CHUNK_LENGTH_S)
+            except common.AudioError as error:
+                raise common.SetupError(f"{path}: {error}") from error
+            audio_s += chunks[-1][1]
     with timed("features"):
-        features = [common.extract_features(extractor, chunk) for chunk in chunks if chunk is not None]
+        features = [common.extract_features(recognizer.extractor, chunk) for *_, chunk in chunks if chunk is not None]
     with torch.inference_mode(), common.device_errors(model.device):
         for first in range(0, len(features), batch_size):
             with timed("copy to the device"):
@@ -121,29 +108,38 @@ def run_stages(
             with timed("encoder"):
                 encoded = common.encode(model, batch)
             with timed("decode"):
-                rows = common.decode(recognizer, encoded, "ja", "transcribe", max_new_tokens)
+                token_ids = common.decode(recognizer, encoded, max_new_tokens)
             with timed("text"):
-                for row in rows:
-                    tokenizer.decode(row, skip_special_tokens=True)
-            n_tokens += sum(map(len, rows))
-    return seconds, n_tokens
+                for ids in token_ids:
+                    recognizer.tokenizer.decode(ids, skip_special_tokens=True)
+            n_tokens += sum(map(len, token_ids))
+    return audio_s, n_tokens
 
 
 def measure(recognizer: common.Recognizer, label: str, paths: list[str], batch_size: int, args) -> Measurement:
-    """Warm up, then time whole runs and staged runs in turns. Raises SetupError."""
+    """Warm up, then time runs as a whole and stage by stage in turns. Raises SetupError."""
     import torch
 
     device, work = recognizer.model.device, (recognizer, paths, batch_size, args.max_new_tokens)
     if device.type != "cpu":
         getattr(torch, device.type).reset_peak_memory_stats(device)
-    result = Measurement(label, audio_s=0.0)
+    result, stages_s = Measurement(label, audio_s=0.0), {}
+
+    @contextlib.contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        """Add the seconds that the block takes to those of a stage."""
+        started = clock(device)
+        yield
+        stages_s[stage] = stages_s.get(stage, 0.0) + clock(device) - started
+
     for i in range(args.warmup + args.runs):
         started = clock(device)
-        result.audio_s = run_whole(*work)
+        result.audio_s, result.n_tokens = transcribe(*work, contextlib.nullcontext)
         sample_s = clock(device) - started
-        stages_s, result.n_tokens = run_stages(*work)
         if result.n_tokens == 0:
             raise common.SetupError("there is nothing to measure: all of the audio is silent")
+        stages_s.clear()
+        transcribe(*work, timed)
         if i == 0:
             result.first_s = sample_s
         if i >= args.warmup:
@@ -155,35 +151,32 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], batch_s
     return result
 
 
-def inputs_of(args: argparse.Namespace, folder: str, window_s: float) -> Iterator[tuple[str, list[str], int]]:
+def inputs_of(args: argparse.Namespace, folder: str) -> Iterator[tuple[str, list[str], int]]:
     """Label, paths and batch size of each input; the synthetic ones are written to the folder."""
     if args.audio:
         yield "audio", args.audio, args.batch_size
     else:
         yield "sweep", [synthesize(f"{folder}/sweep.wav", 3)], args.batch_size
     for size in args.batch_sizes:
-        yield f"batch of {size}", [synthesize(f"{folder}/window.wav", window_s)] * size, size
+        yield f"batch of {size}", [synthesize(f"{folder}/window.wav", common.WINDOW_S)] * size, size
     for duration_s in args.durations:
         yield f"{duration_s:g} s", [synthesize(f"{folder}/{duration_s:g}.wav", duration_s)], args.batch_size
 
 
-def measure_device(device, args: argparse.Namespace) -> Column:
+def measure_device(device, start_s: float | None, args: argparse.Namespace) -> Column:
     """Load the model on a device and measure every input on it. Raises SetupError."""
     started = clock(device)
     dtype = common.select_dtype(args.dtype, device)
-    if args.random_weights:
-        recognizer = common.random_recognizer(device, dtype)
-    else:
-        recognizer = common.load_model(args.model, device, dtype)
+    recognizer = common.load_model(args.model, device, dtype)
     load_s = clock(device) - started
     endless = replace(recognizer, bias=recognizer.bias.clone())
     endless.bias[:, recognizer.tokenizer.eos_token_id] = -float("inf")
     with tempfile.TemporaryDirectory() as folder:
         measurements = [
             measure(recognizer if paths is args.audio else endless, label, paths, batch_size, args)
-            for label, paths, batch_size in inputs_of(args, folder, recognizer.extractor.chunk_length)
+            for label, paths, batch_size in inputs_of(args, folder)
         ]
-    return Column(f"{device}, {str(dtype)[6:]}", common.environment(device), load_s, measurements)
+    return Column(f"{device}, {str(dtype)[6:]}", common.environment(device), start_s, load_s, measurements)
 
 
 # --- Report ---
@@ -209,7 +202,8 @@ def describe(column: Column, cpu: Column, imports_s: float, args: argparse.Names
     share = sum(stages.values()) / (1000 * m.median_s)
     rows = {
         "imports (s)": f"{imports_s:.2f}",
-        "random weights (s)" if args.random_weights else "load (s)": f"{column.load_s:.2f}",
+        "start of the device (s)": "" if column.start_s is None else f"{column.start_s:.2f}",
+        "load (s)": f"{column.load_s:.2f}",
         "first run, cold (s)": f"{m.first_s:.3f}",
         "steady state, median (s)": f"{m.median_s:.3f}",
         "  90th percentile (s)": f"{np.percentile(m.samples_s, 90):.3f}",
@@ -264,8 +258,7 @@ def format_report(columns: list[Column], imports_s: float, args: argparse.Namesp
         report += f", torch-npu {e['torch_npu']}, CANN {e['cann']}\n" if e["torch_npu"] else "\n"
         missing_ms = 1000 * m.median_s - sum(stage_medians(m).values())
         if abs(missing_ms) > TOLERANCE * 1000 * m.median_s:
-            what = "of a run are in none of the stages" if missing_ms > 0 else "of the stages overlap in a run"
-            report += f"{column.name}: {abs(missing_ms):.1f} ms {what}\n"
+            report += f"{column.name}: the stages' sum misses the time of a run by {abs(missing_ms):.1f} ms\n"
     return report + f"peak memory of the process: {peak_rss_bytes() / 1e6:.0f} MB\n"
 
 
@@ -291,10 +284,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "2 nothing could be measured; 130 interrupted",
     )
     add = parser.add_argument
-    add("--audio", nargs="+", default=[], metavar="PATH",
+    add("--audio", nargs="+", action="extend", default=[], metavar="PATH",
         help="audio files, decoded to their natural end (default: a sweep of 3 s, 200 to 800 Hz)")  # fmt: skip
     common.add_model_options(add)
-    add("--random-weights", action="store_true", help="the same architecture with seeded random weights, no download")
     add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=128, metavar="N",
         help=f"token limit of a chunk, 1 to {common.MAX_NEW_TOKENS}; synthetic audio is decoded to it (default: "
         "%(default)s)")  # fmt: skip
@@ -313,24 +305,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the arguments say; the exit status. Raises SetupError."""
-    common.require_files(args.audio)
+    common.check_report(args.json, args.audio)
     started = time.perf_counter()
-    device, warning = common.select_device(args.device)
-    if warning:
-        print(f"eval_performance.py: warning: {warning}", file=sys.stderr)
     import torch
 
-    common.import_transformers().WhisperForConditionalGeneration  # noqa: B018  (transformers imports what is used)
     imports_s = time.perf_counter() - started
-    devices = dict.fromkeys([torch.device("cpu"), device])
-    columns = [measure_device(device, args) for device in devices]
+    device, warning = common.select_device(args.device)
+    start_s = time.perf_counter() - started - imports_s
+    if warning:
+        common.notice(f"eval_performance.py: warning: {warning}")
+    started = time.perf_counter()
+    common.import_transformers()
+    imports_s += time.perf_counter() - started
+    starts = {torch.device("cpu"): None} | ({device: start_s} if device.type != "cpu" else {})
+    columns = [measure_device(device, start_s, args) for device, start_s in starts.items()]
     counts = [[m.n_tokens for m in column.measurements] for column in columns]
     common.write_stdout(format_report(columns, imports_s, args))
     if args.json:
         report = {
-            "model": f"{common.MODEL} with random weights" if args.random_weights else args.model,
-            "comparable": counts[0] == counts[-1], "imports_s": imports_s, "peak_rss_bytes": peak_rss_bytes(),
-            "columns": [asdict(column) for column in columns],
+            "model": args.model, "comparable": counts[0] == counts[-1], "imports_s": imports_s,
+            "peak_rss_bytes": peak_rss_bytes(), "columns": [asdict(column) for column in columns],
         }  # fmt: skip
         common.write_report(args.json, report)
     return int(counts[0] != counts[-1])

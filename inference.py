@@ -8,17 +8,17 @@ The transcript goes to stdout or to files in --output-dir, and everything else t
 """
 import argparse
 import contextlib
-import errno
-import fcntl
-import io
+import itertools
 import os
+import re
 import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import chain
 
 import soundfile
 from tqdm import tqdm
@@ -26,24 +26,66 @@ from tqdm import tqdm
 import common
 
 AUDIO_EXTENSIONS = (
-    ".aac", ".aif", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".mka", ".mkv", ".mov", ".mp3", ".mp4", ".oga",
-    ".ogg", ".opus", ".rf64", ".w64", ".wav", ".weba", ".webm", ".wma",
+    ".3gp", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".au", ".avi", ".caf", ".flac", ".flv", ".m4a", ".m4b", ".m4v",
+    ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpg", ".mts", ".oga", ".ogg", ".opus", ".rf64", ".ts", ".w64",
+    ".wav", ".weba", ".webm", ".wma", ".wmv",
 )  # fmt: skip
 FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
+COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
+STORE_KEY = f"inference.py {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+STORE_TIMEOUT_S = 60  # in which torchrun's store answers
+SHORTEST_WAIT_S = 600  # for the other processes of torchrun, which all have about the same to do
+
+
+@dataclass
+class Segment:
+    """What was said in one chunk; start and end in seconds from the beginning of the file."""
+
+    start: float
+    end: float
+    text: str = ""
+    compression_ratio: float = 0.0
+    token_limit: bool = False  # decoding ended at the token limit: text may be missing
+
+    @property
+    def looping(self) -> bool:
+        """The text repeats itself like that of a decoder caught in a loop."""
+        return self.compression_ratio > COMPRESSION_RATIO_LIMIT
+
+
+@dataclass(eq=False)
+class Transcript:
+    """One file: its segments in order, its length in seconds, its silent chunks, and why it failed if it did."""
+
+    path: str
+    segments: list[Segment] = field(default_factory=list)
+    duration: float = 0.0
+    silent: int = 0
+    error: str | None = None
+
+
+def program() -> str:
+    """What messages begin with: the name of the script and, where there are several processes, which it is."""
+    return f"inference.py, rank {os.environ.get('RANK')}" if "TORCHELASTIC_RUN_ID" in os.environ else "inference.py"
+
+
+# --- Options, inputs and outputs ---
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options; exits with status 2 where they are wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="exit status: 0 every file was transcribed; 1 some were not; 2 wrong options, or an unusable device or "
-        "model; 130 interrupted",
+        epilog="exit status: 0 every file was transcribed; 1 some were not; 2 wrong options, or a device or model that "
+        "cannot be used or that fails on the way; 130 interrupted",
     )
     add = parser.add_argument
-    add("--audio", nargs="+", required=True, metavar="PATH", help="audio files, or folders to search for them")
+    add("--audio", nargs="+", action="extend", required=True, metavar="PATH",
+        help="audio files, or folders to search for them")  # fmt: skip
     add("--language", default="ja", metavar="CODE", help="a language that the model knows (default: %(default)s)")
-    add("--task", choices=["transcribe", "translate"], default="transcribe", help="(default: %(default)s)")
+    add("--task", choices=["transcribe", "translate"], default="transcribe",
+        help="translate into English or, with kotoba's bilingual model, --language (default: %(default)s)")  # fmt: skip
     common.add_model_options(add)
     add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=256, metavar="N",
         help=f"token limit of a chunk, 1 to {common.MAX_NEW_TOKENS} (default: %(default)s)")  # fmt: skip
@@ -54,25 +96,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output-dir", "-o", metavar="DIR", help="write files there (default: write to stdout)")
     add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt", help="(default: %(default)s)")
     add("--skip-existing", action="store_true", help="skip the files whose outputs are all there")
-    add("--report", metavar="FILE", help="write a line of JSON about each file there, as soon as it is done")
     return parser.parse_args(argv)
 
 
-def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[common.Transcript]]:
-    """The files to transcribe, path and output name without extension, and those that cannot be.
+def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Transcript]]:
+    """The files to transcribe, each with its path below the folder given, and those that cannot be.
 
-    A folder is searched recursively, links to folders too, and its tree is kept in the output names.
+    A folder is searched recursively, links to folders too. A file that is named twice, or a link to it, counts once.
     """
-    inputs, failed = {}, []
+    found, failed = {}, []  # found: real path to path and relative path
     for argument in arguments:
         if not os.path.isdir(argument):
             try:
                 common.check_file(argument)
-                inputs.setdefault(argument, os.path.splitext(os.path.basename(argument))[0])
+                found.setdefault(os.path.realpath(argument), (argument, os.path.basename(argument)))
             except common.AudioError as error:
-                failed.append(common.Transcript(argument, error=str(error)))
+                failed.append(Transcript(argument, error=str(error)))
             continue
-        found, searched, unreadable = {}, set(), []
+        n_found, searched, unreadable = 0, set(), []
         for folder, folders, names in os.walk(argument, onerror=unreadable.append, followlinks=True):
             folders.sort()
             if (real := os.path.realpath(folder)) in searched:  # a link to where the search has been
@@ -82,63 +123,43 @@ def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[common.Transc
             for name in sorted(names):
                 if name.lower().endswith(AUDIO_EXTENSIONS) and not name.startswith("."):
                     path = os.path.join(folder, name)
-                    found[path] = os.path.splitext(os.path.relpath(path, argument))[0]
-        inputs |= found | inputs  # whose first mention names their outputs
-        failed += [common.Transcript(error.filename, error=error.strerror) for error in unreadable]
-        if not found and not unreadable:
-            message = f"no audio in this folder ({' '.join(AUDIO_EXTENSIONS)})"
-            failed.append(common.Transcript(argument, error=message))
-    return inputs, failed
+                    found.setdefault(os.path.realpath(path), (path, os.path.relpath(path, argument)))
+                    n_found += 1
+        failed += [Transcript(error.filename, error=error.strerror) for error in unreadable]
+        if not n_found and not unreadable:
+            failed.append(Transcript(argument, error=f"no audio in this folder ({' '.join(AUDIO_EXTENSIONS)})"))
+    return dict(found.values()), failed
 
 
-def share(paths: Iterable[str], rank: int, world_size: int) -> list[str]:
-    """The files of one of world_size processes, the longest first, all of them together about as long as the others'.
-
-    Their length is taken to be that in bytes: to open them all would take too long.
-    """
-
-    def n_bytes(path: str) -> int:
-        """The size of a file, 0 where it has gone."""
-        with contextlib.suppress(OSError):
-            return os.path.getsize(path)
-        return 0
-
-    loads, mine = [0] * world_size, []
-    for size, path in sorted(((n_bytes(path), path) for path in paths), reverse=True):
-        lightest = loads.index(min(loads))
-        loads[lightest] += size + 1
-        if lightest == rank:
-            mine.append(path)
-    return mine
+def output_names(inputs: dict[str, str]) -> dict[str, str]:
+    """A name for the outputs of each file, all different: a for a.wav, beside an a.mp3 a.wav, else the whole path."""
+    names = {
+        path: [os.path.splitext(relative)[0], relative, os.path.abspath(path).lstrip(os.sep)]
+        for path, relative in inputs.items()
+    }
+    while len(counts := Counter(choices[0] for choices in names.values())) < len(names):
+        for choices in names.values():
+            if counts[choices[0]] > 1 and len(choices) > 1:
+                choices.pop(0)
+    return {path: choices[0] for path, choices in names.items()}
 
 
 def plan_outputs(inputs: dict[str, str], many: bool, args: argparse.Namespace) -> dict[str, list[str]]:
-    """The files to write for the path of each input, none for stdout. Raises SetupError where two would be one."""
+    """The files to write for the path of each input, none for stdout. Raises SetupError."""
     if args.output_dir is None:
         if args.output_format == "all" or (many and args.output_format not in ("txt", "json")):
             raise common.SetupError(f"--output-format {args.output_format} needs --output-dir")
         return {path: [] for path in inputs}
     extensions = FORMATS if args.output_format == "all" else [args.output_format]
-    owners = {os.path.abspath(path): path for path in inputs}
-    planned = {}
-    for path, name in inputs.items():
-        planned[path] = [os.path.join(args.output_dir, f"{name}.{extension}") for extension in extensions]
-        for output in planned[path]:
-            if owner := owners.get(os.path.abspath(output)):
-                raise common.SetupError(
-                    f"the transcript of {path} would overwrite {output}, which belongs to {owner}: rename one of "
-                    "them, or use another --output-dir"
-                )
-            owners[os.path.abspath(output)] = path
-    try:
-        os.makedirs(args.output_dir, exist_ok=True)
-    except FileExistsError:
-        raise common.SetupError(f"--output-dir {args.output_dir}: there is a file of that name") from None
-    except OSError as error:
-        raise common.SetupError(f"--output-dir {args.output_dir}: {error.strerror}") from error
-    if not os.access(args.output_dir, os.W_OK):
-        raise common.SetupError(f"--output-dir {args.output_dir}: no permission to write in this folder")
-    return planned
+    outputs = {
+        path: [os.path.join(args.output_dir, f"{name}.{extension}") for extension in extensions]
+        for path, name in output_names(inputs).items()
+    }
+    common.check_outputs("--output-dir", args.output_dir, itertools.chain(*outputs.values()), inputs)
+    return outputs
+
+
+# --- Writing ---
 
 
 def timestamp(seconds: float, decimal_mark: str = ".", hours_always: bool = False) -> str:
@@ -149,13 +170,13 @@ def timestamp(seconds: float, decimal_mark: str = ".", hours_always: bool = Fals
     return f"{prefix}{minutes:02d}:{milliseconds // 1000:02d}{decimal_mark}{milliseconds % 1000:03d}"
 
 
-def full_text(transcript: common.Transcript, language: str) -> str:
+def full_text(transcript: Transcript, language: str) -> str:
     """The text of all segments in one line."""
     return ("" if language in UNSPACED_LANGUAGES else " ").join(segment.text for segment in transcript.segments)
 
 
-def render(transcript: common.Transcript, extension: str, language: str) -> str:
-    """The content of an output file, in the format of openai/whisper's writers."""
+def render(transcript: Transcript, extension: str, language: str) -> str:
+    """The content of an output file, in the format of openai/whisper's writers; language is that of the text."""
     segments = transcript.segments
     if extension == "txt":
         return "".join(f"{s.text}\n" for s in segments)
@@ -180,40 +201,18 @@ def render(transcript: common.Transcript, extension: str, language: str) -> str:
     return cues
 
 
-def deliver(transcript: common.Transcript, outputs: list[str], args: argparse.Namespace, many: bool) -> None:
+def deliver(transcript: Transcript, outputs: list[str], args: argparse.Namespace, many: bool) -> None:
     """Write a transcript to its output files, or to stdout where it has none; what fails becomes its error."""
     if not outputs and many and args.output_format == "txt":
         path = common.one_line(transcript.path)
-        common.write_stdout(f"{path}\t{full_text(transcript, args.language)}\n")
+        common.write_stdout(f"{path}\t{full_text(transcript, args.text_language)}\n")
     elif not outputs:
-        common.write_stdout(render(transcript, args.output_format, args.language))
+        common.write_stdout(render(transcript, args.output_format, args.text_language))
     for output in outputs:
         try:
-            common.write_whole(output, render(transcript, output.rpartition(".")[2], args.language))
+            common.write_whole(output, render(transcript, output.rpartition(".")[2], args.text_language))
         except OSError as error:
             transcript.error = f"cannot write {output}: {error.strerror}"
-
-
-def program() -> str:
-    """What messages begin with: the name of the script and, where there are several processes, which it is."""
-    rank = os.environ.get("RANK")
-    return "inference.py" if rank is None else f"inference.py, rank {rank}"
-
-
-def notice(message: str) -> None:
-    """One line on stderr, above the progress bar; in one piece, for other processes may write there too."""
-    tqdm.write(common.one_line(f"{program()}: {message}") + "\n", file=sys.stderr, end="")
-
-
-def summarize(transcript: common.Transcript, skipped: bool) -> dict[str, object]:
-    """A line of --report."""
-    status = "failed" if transcript.error is not None else "skipped" if skipped else "done"
-    return {
-        "path": transcript.path, "status": status, "audio_s": round(transcript.duration, 3),
-        "taken_s": round(transcript.taken_s, 3), "segments": len(transcript.segments), "silent": transcript.silent,
-        "cut": sum(segment.token_limit for segment in transcript.segments),
-        "looping": sum(segment.looping for segment in transcript.segments), "error": transcript.error,
-    }  # fmt: skip
 
 
 def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, model=None) -> str:
@@ -231,9 +230,26 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
     )
 
 
+def notice(message: str) -> None:
+    """One line on stderr."""
+    common.notice(f"{program()}: {message}")
+
+
+def record(transcript: Transcript, totals: Counter) -> None:
+    """Count a file, and say it where it failed."""
+    totals["failed" if transcript.error is not None else "done"] += 1
+    totals["audio_s"] += transcript.duration
+    totals["segments"] += len(transcript.segments)
+    totals["silent"] += transcript.silent
+    totals["cut"] += sum(segment.token_limit for segment in transcript.segments)
+    totals["looping"] += sum(segment.looping for segment in transcript.segments)
+    if transcript.error is not None:
+        notice(f"error: {transcript.path}: {transcript.error}")
+
+
 def progress_bar(paths: list[str], window_s: float) -> tqdm:
     """A bar in seconds of audio on a terminal of its own, where there is more than one chunk to wait for."""
-    if not sys.stderr.isatty() or os.environ.get("WORLD_SIZE", "1") != "1":
+    if not sys.stderr.isatty() or common.torchrun_place()[1] > 1:
         return tqdm(disable=True)
     total = None  # of several files, or of one that only ffmpeg can read
     with contextlib.suppress(soundfile.SoundFileError, TypeError, OSError), open(paths[0], "rb") as file:
@@ -243,51 +259,156 @@ def progress_bar(paths: list[str], window_s: float) -> tqdm:
     return tqdm(total=total, disable=short, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
 
 
-def open_report(path: str | None) -> contextlib.AbstractContextManager:
-    """The file of --report, unbuffered, or None. Raises SetupError."""
-    if path is None:
-        return contextlib.nullcontext()
-    try:
-        return open(path, "wb", buffering=0)
-    except OSError as error:
-        raise common.SetupError(f"--report {path}: {error.strerror}") from error
+# --- The pipeline: files -> chunks -> batches -> segments ---
 
 
-def record(transcript: common.Transcript, totals: Counter, report: io.RawIOBase | None, skipped: bool = False) -> None:
-    """Count a file, say it where it failed, and write its line of the report."""
-    line = summarize(transcript, skipped)
-    totals.update({key: value for key, value in line.items() if isinstance(value, int | float)})
-    totals[line["status"]] += 1
-    if transcript.error is not None:
-        notice(f"error: {transcript.path}: {transcript.error}")
-    if report is not None:
-        data = f"{common.to_json(line)}\n".encode()
+def read_files(paths: Iterable[str], extractor, chunk_length_s: float) -> Iterator[tuple]:
+    """The chunks of each file, (transcript, segment, features), and at its end (transcript, None, None).
+
+    features is None where the chunk is silent. Whatever goes wrong while a file is read is that file's error.
+    """
+    for path in paths:
+        transcript = Transcript(path)
         try:
-            if report.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            totals["unreported"] += 1
-            notice(f"error: {transcript.path} is missing in the report: {error.strerror}")
+            for start, end, waveform in common.read_chunks(path, chunk_length_s):
+                features = None if waveform is None else common.extract_features(extractor, waveform)
+                yield transcript, Segment(start, end), features
+        except common.AudioError as error:
+            transcript.error = str(error)
+        except MemoryError:
+            transcript.error = "there is not enough memory to read it"
+        except Exception as error:
+            transcript.error = f"cannot be read ({type(error).__name__}: {common.first_line(error)})"
+        yield transcript, None, None
 
 
-def transcribe(paths: list[str], outputs: dict[str, list[str]], many: bool, totals: Counter, report, args) -> bool:
+def ahead(items: Iterable, n: int) -> Iterator:
+    """The same items, of which a background thread makes n before they are asked for."""
+    iterator, end = iter(items), object()
+    thread = ThreadPoolExecutor(max_workers=1)
+    try:
+        futures = deque(thread.submit(next, iterator, end) for _ in range(n))
+        while (item := futures.popleft().result()) is not end:
+            futures.append(thread.submit(next, iterator, end))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def batches(chunks: Iterable[tuple], batch_size: int) -> Iterator[list[tuple]]:
+    """Chunks as read_files yields them, in lists with batch_size to decode among them."""
+    batch, n_features = [], 0
+    for chunk in chunks:
+        batch.append(chunk)
+        n_features += chunk[2] is not None
+        if n_features == batch_size:
+            yield batch
+            batch, n_features = [], 0
+    yield batch
+
+
+def recognize(recognizer: common.Recognizer, batch: list[tuple], max_new_tokens: int, batch_size: int) -> int:
+    """Give the segments of a batch, as read_files yields them, their texts; the batch size that fits the device.
+
+    Raises DeviceError.
+    """
+    features, token_ids = [features for *_, features in batch], []
+    while len(token_ids) < len(features):
+        part = features[len(token_ids) : len(token_ids) + batch_size]
+        try:
+            token_ids += common.generate(recognizer, part, max_new_tokens)
+            continue
+        except common.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+        batch_size = len(part) // 2
+        common.empty_cache(recognizer.model.device)  # here, where no error holds the tensors
+    for (transcript, segment, _), ids in zip(batch, token_ids, strict=True):
+        text = recognizer.tokenizer.decode(ids, skip_special_tokens=True)
+        segment.text = re.sub(common.CONTROL, " ", text).strip()
+        data = segment.text.encode()
+        segment.compression_ratio = len(data) / len(zlib.compress(data))
+        segment.token_limit = ids[-1] != recognizer.tokenizer.eos_token_id
+        transcript.segments.append(segment)
+    return batch_size
+
+
+def transcribe(
+    recognizer: common.Recognizer, paths: Iterable[str], max_new_tokens: int, chunk_length_s: float, batch_size: int,
+    on_progress: Callable[[float], None] = lambda seconds: None,
+) -> Iterator[Transcript]:  # fmt: skip
+    """The transcript of each file, in order; on_progress is told the seconds of audio done since it was last called.
+
+    Chunks of several files share a batch, and an accelerator decodes one while the next is read. Where the device
+    fails, the files of the batch have failed, for nothing that comes back from it can be believed, and then DeviceError
+    is raised.
+    """
+    device, fitting = recognizer.model.device, batch_size
+    chunks = read_files(paths, recognizer.extractor, chunk_length_s)
+    if device.type != "cpu":  # whose OpenMP threads would wait for each other: half the speed
+        chunks = ahead(chunks, batch_size)
+    for batch in batches(chunks, batch_size):
+        before = fitting
+        try:
+            fitting = recognize(recognizer, [chunk for chunk in batch if chunk[2] is not None], max_new_tokens, before)
+        except common.DeviceError as error:
+            for transcript in dict.fromkeys(transcript for transcript, *_ in batch):
+                transcript.error = transcript.error or str(error)
+                yield transcript
+            raise
+        if fitting < before:
+            notice(f"warning: {device} is out of memory in batches of {before}: --batch-size {fitting} from here on")
+        for transcript, segment, features in batch:
+            if segment is None:
+                yield transcript
+                continue
+            transcript.duration = segment.end
+            transcript.silent += features is None
+            on_progress(segment.end - segment.start)
+
+
+# --- Command ---
+
+
+def share(paths: Iterable[str], rank: int, world_size: int) -> list[str]:
+    """The files of one of world_size processes, the longest first, all of them together about as long as the others'.
+
+    Their length is taken to be that in bytes: to open them all would take too long.
+    """
+
+    def n_bytes(path: str) -> int:
+        """The size of a file, 0 where it has gone."""
+        with contextlib.suppress(OSError):
+            return os.path.getsize(path)
+        return 0
+
+    loads, mine = [0] * world_size, []
+    for size, path in sorted(((n_bytes(path), path) for path in paths), reverse=True):
+        lightest = loads.index(min(loads))
+        loads[lightest] += size + 1
+        if lightest == rank:
+            mine.append(path)
+    return mine
+
+
+def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool, totals: Counter, args) -> bool:
     """Load the model, transcribe files and deliver their transcripts; whether all were reached. Raises SetupError."""
     started = time.perf_counter()
     device, warning = common.select_device(args.device)
     if warning:
         notice(f"warning: {warning}")
-    recognizer = common.load_model(args.model, device, common.select_dtype(args.dtype, device), args.language)
+    dtype = common.select_dtype(args.dtype, device)
+    recognizer = common.load_model(args.model, device, dtype, args.language, args.task)
     loaded, stopped, n_left = time.perf_counter(), None, len(paths)
     with progress_bar(paths, recognizer.extractor.chunk_length) as bar:
-        results = common.transcribe(
-            recognizer, paths, args.language, args.task, args.max_new_tokens, args.chunk_length, args.batch_size,
-            on_progress=bar.update, on_notice=lambda message: notice(f"warning: {message}"),
-        )  # fmt: skip
+        results = transcribe(
+            recognizer, paths, args.max_new_tokens, args.chunk_length, args.batch_size, on_progress=bar.update
+        )
         try:
             for transcript in results:
                 if transcript.error is None:
                     deliver(transcript, outputs[transcript.path], args, many)
-                record(transcript, totals, report)
+                record(transcript, totals)
                 n_left -= 1
         except common.DeviceError as error:
             stopped = error
@@ -299,79 +420,84 @@ def transcribe(paths: list[str], outputs: dict[str, list[str]], many: bool, tota
 
 def run(args: argparse.Namespace) -> int:
     """Transcribe what the arguments name; the exit status. Raises SetupError."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size, *_ = common.torchrun_place()
     for option, given in (("--skip-existing", args.skip_existing), ("more than one process", world_size > 1)):
         if given and args.output_dir is None:
             raise common.SetupError(f"{option} needs --output-dir")
     inputs, failed = find_audio(args.audio)
     many = len(inputs) + len(failed) > 1
     outputs = plan_outputs(inputs, many, args)
-    mine, report_path = list(inputs), args.report
+    mine = list(inputs)
     if world_size > 1:
         mine, failed = share(inputs, rank, world_size), failed if rank == 0 else []
-        report_path = report_path and f"{report_path}.{rank}"
-    if report_path and os.path.abspath(report_path) in map(os.path.abspath, [*inputs, *chain(*outputs.values())]):
-        raise common.SetupError(f"--report {report_path} would overwrite a recording or a transcript")
-    if args.task == "translate" and "bilingual" not in args.model:
+    bilingual = "bilingual" in args.model
+    args.text_language = args.language if args.task == "transcribe" or bilingual else "en"
+    if args.task == "translate" and not bilingual:
         notice("kotoba-whisper-v2.0 was trained for Japanese transcription only; to translate, use --model "
-               "kotoba-tech/kotoba-whisper-bilingual-v1.0")  # fmt: skip
-    totals, paths = Counter(), []
-    with open_report(report_path) as report:
-        for transcript in failed:
-            record(transcript, totals, report)
-        for path in mine:
-            if args.skip_existing and all(map(os.path.isfile, outputs[path])):
-                record(common.Transcript(path), totals, report, skipped=True)
-            else:
-                paths.append(path)
-        if paths and not transcribe(paths, outputs, many, totals, report, args):
-            return 2
+               "kotoba-tech/kotoba-whisper-bilingual-v1.0 with --language en (or ja, from English)")  # fmt: skip
+    totals = Counter()
+    for transcript in failed:
+        record(transcript, totals)
+    paths = [path for path in mine if not (args.skip_existing and all(map(os.path.isfile, outputs[path])))]
+    totals["skipped"] = len(mine) - len(paths)
+    if paths and not transcribe_files(paths, outputs, many, totals, args):
+        return 2
     if not paths and (totals["skipped"] or world_size > 1):
         notice(closing_line(totals))
-    return int(totals["failed"] + totals["unreported"] > 0)
+    return int(totals["failed"] > 0)
 
 
-def open_tally() -> str | None:
-    """The path of a file that the processes of torchrun on this machine share; None without torchrun.
-
-    They agree on it at the start, when all machines are there: the store of torchrun ends with the first of them.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+def open_store():
+    """The store that torchrun holds for its processes, on all machines; None without torchrun. Raises SetupError."""
+    rank, world_size, *_ = common.torchrun_place()
+    if world_size == 1:
         return None
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # as in common.select_device
-    import torch.distributed
+    from torch.distributed import TCPStore
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
-    key = f"inference.py/{os.environ['GROUP_RANK']}/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    if os.environ["LOCAL_RANK"] == "0":
-        store.set(key, tempfile.mkstemp(prefix="inference.py-")[1])
-    return store.get(key).decode()
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    try:
+        store = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=STORE_TIMEOUT_S))
+    except (RuntimeError, ValueError) as error:
+        raise common.SetupError(
+            f"torchrun's store at {address}:{port} does not answer ({common.first_line(error)}): unset what an earlier "
+            "torchrun left in the environment, or start with torchrun"
+        ) from error
+    if (n_processes := store.add(f"{STORE_KEY} rank {rank}", 1)) > 1:
+        raise common.SetupError(f"{n_processes} processes have RANK={rank}: start each with torchrun")
+    return store
 
 
-def shared_status(status: int, tally: str) -> int:
-    """The exit status under torchrun, which ends all processes of a machine as soon as one of them fails.
+def shared_status(store, status: int, bound_s: float) -> int:
+    """The exit status of all processes of torchrun, on all machines: the worst of theirs, once the last has ended.
 
-    So they end with 0, but for the last one to end, which ends with 1 where any of them failed.
+    torchrun ends the others as soon as one fails, and its store with the first machine: so all wait for each other,
+    but no longer than bound_s seconds.
     """
-    with open(tally, "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write("1" if status else "0")
-        file.flush()
-        file.seek(0)
-        statuses = file.read()
-    if len(statuses) < int(os.environ["LOCAL_WORLD_SIZE"]):
-        return 0
-    os.remove(tally)
-    return int("1" in statuses)
+    store.add(f"{STORE_KEY} status {status}", 1)
+    if store.add(f"{STORE_KEY} ended", 1) == common.torchrun_place()[1]:
+        worst = next((s for s in (2, 141, 1) if store.add(f"{STORE_KEY} status {s}", 0)), 0)
+        store.set(f"{STORE_KEY} status", str(worst))
+    store.set_timeout(timedelta(seconds=bound_s))
+    try:
+        return int(store.get(f"{STORE_KEY} status"))
+    except RuntimeError as error:
+        notice(f"error: the other processes do not end ({common.first_line(error)})")
+        return status or 1
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
-    args = parse_arguments(argv)
-    tally = open_tally()
-    status = common.exit_status(program(), run, args)
-    return status if tally is None else shared_status(status, tally)
+    args, started, store = parse_arguments(argv), time.monotonic(), None
+
+    def run_in_store(args: argparse.Namespace) -> int:
+        nonlocal store
+        store = open_store()
+        return run(args)
+
+    status = common.exit_status(program(), run_in_store, args)
+    if store is None or status == 130:
+        return status
+    return shared_status(store, status, max(SHORTEST_WAIT_S, time.monotonic() - started))
 
 
 if __name__ == "__main__":

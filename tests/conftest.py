@@ -20,7 +20,7 @@ FAKE_NPU = TESTS / "fake_npu"
 needs_fake = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10), reason="torch before 2.10 has no Python device hook"
 )
-DEFAULTS = {"language": "ja", "task": "transcribe", "max_new_tokens": 256, "chunk_length_s": 15, "batch_size": 8}
+DEFAULTS = {"max_new_tokens": 256, "chunk_length_s": 15, "batch_size": 8}
 
 
 def write(path: Path, waveform: np.ndarray, sampling_rate: int = 16_000, **options) -> str:
@@ -59,8 +59,8 @@ def recognizer() -> common.Recognizer:
 def transcribe(recognizer):
     """Transcribe files in this process: a list of Transcripts."""
 
-    def transcribe(*paths: str, **options) -> list[common.Transcript]:
-        return list(common.transcribe(recognizer, paths, **{**DEFAULTS, **options}))
+    def transcribe(*paths: str, **options) -> list[inference.Transcript]:
+        return list(inference.transcribe(recognizer, paths, **{**DEFAULTS, **options}))
 
     return transcribe
 

@@ -24,9 +24,9 @@ def variant(folder: Path, **changes) -> str:
     return str(folder)
 
 
-def load(name: str) -> common.Recognizer:
+def load(name: str, dtype: torch.dtype = torch.float32) -> common.Recognizer:
     device, _ = common.select_device("cpu")
-    return common.load_model(name, device, torch.float32)
+    return common.load_model(name, device, dtype)
 
 
 def stock_rows(model, extractor, waveforms: list, max_new_tokens: int, language: str = "ja") -> list[list[int]]:
@@ -44,7 +44,7 @@ def stock_rows(model, extractor, waveforms: list, max_new_tokens: int, language:
 
 def our_rows(recognizer, waveforms: list, max_new_tokens: int) -> list[list[int]]:
     features = [common.extract_features(recognizer.extractor, waveform) for waveform in waveforms]
-    return common.generate(recognizer, features, "ja", "transcribe", max_new_tokens)
+    return common.generate(recognizer, features, max_new_tokens)
 
 
 @pytest.mark.parametrize("version", ["4.49.0", "4.57.6"])
@@ -83,16 +83,6 @@ def test_a_row_without_an_end_decodes_to_the_last_position(recognizer):
     assert len(row) == common.MAX_NEW_TOKENS
 
 
-def test_features_are_those_of_the_extractor(recognizer):
-    rng, extractor = np.random.default_rng(5), recognizer.extractor
-    for waveform in [
-        synthesize("こんにちは"), rng.normal(0, 0.1, 480_000).astype(np.float32), np.zeros(16_000, np.float32),
-        np.full(1, 0.5, np.float32), rng.normal(0, 1e-7, 33_333).astype(np.float32),
-    ]:  # fmt: skip
-        expected = extractor(waveform, sampling_rate=16_000, return_tensors="pt").input_features
-        assert torch.allclose(common.extract_features(extractor, waveform), expected, rtol=0, atol=2e-5)
-
-
 class TestCpuKernels:
     """bfloat16 on a CPU, with attention and weights of our own."""
 
@@ -115,28 +105,24 @@ class TestCpuKernels:
         assert errors[0] <= 1.5 * errors[1] and errors[0] < 0.005
 
     def test_the_encoder_is_as_exact_as_that_of_transformers(self):
-        rng, cpu, plain = np.random.default_rng(0), torch.device("cpu"), load(MODEL)
+        from transformers import WhisperForConditionalGeneration
+
+        rng, fast = np.random.default_rng(0), load(MODEL, torch.bfloat16)
+        exact, stock = (WhisperForConditionalGeneration.from_pretrained(MODEL, dtype=dtype).eval().model.encoder
+                        for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
         waveforms = [synthesize(random_text(rng, n, 6)) for n in (3, 12, 25)] + [rng.normal(0, 0.1, 480_000)]
-        features = [common.extract_features(plain.extractor, waveform.astype(np.float32)) for waveform in waveforms]
-        with torch.inference_mode():
-            exact = [plain.model.model.encoder(row).last_hidden_state for row in features]
-            fast = common.move(plain, cpu, torch.bfloat16).model
-            ours = [common.encode(fast, row.bfloat16()) for row in features]
-            common.use_plain_kernels(fast)
-            stock = [fast.model.encoder(row.bfloat16()).last_hidden_state for row in features]
-        for reference, candidate, other in zip(exact, ours, stock, strict=True):
-            errors = [((x - reference).norm() / reference.norm()).item() for x in (candidate, other)]
+        for waveform in waveforms:
+            features = common.extract_features(fast.extractor, waveform.astype(np.float32))
+            with torch.inference_mode():
+                reference = exact(features).last_hidden_state
+                states = [common.encode(fast.model, features.bfloat16()), stock(features.bfloat16()).last_hidden_state]
+            errors = [((x - reference).norm() / reference.norm()).item() for x in states]
             assert errors[0] <= 1.1 * errors[1] and 0.001 < errors[0] < 0.02
 
-    def test_a_model_moved_on_is_plain_again(self):
-        waveforms = [*map(synthesize, TEXTS)]
-        plain = load(MODEL)
-        expected = our_rows(plain, waveforms, 20)
-        fast = common.move(plain, torch.device("cpu"), torch.bfloat16)
-        assert our_rows(fast, waveforms, 20) == expected and fast.model.config._attn_implementation == "cpu_attention"
-        again = common.move(fast, torch.device("cpu"), torch.float32)
-        assert our_rows(again, waveforms, 20) == expected and again.model.config._attn_implementation == "sdpa"
-        assert again.model.proj_out.weight is again.model.model.decoder.embed_tokens.weight
+    def test_the_text_is_that_of_float32(self):
+        waveforms, fast = [*map(synthesize, TEXTS)], load(MODEL, torch.bfloat16)
+        assert fast.model.config._attn_implementation == "cpu_attention"
+        assert our_rows(fast, waveforms, 20) == our_rows(load(MODEL), waveforms, 20)
 
 
 def test_a_config_that_suppresses_nothing(tmp_path, recognizer):
@@ -200,6 +186,63 @@ def test_a_broken_model_folder_is_one_line(tmp_path, damage):
     with pytest.raises(common.SetupError, match="cannot load the model") as caught:
         load(str(folder))
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def change(folder: Path, name: str, **changes) -> None:
+    """Change a JSON file of a model folder; None takes a key out."""
+    content = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    "name, changes, words",
+    [
+        ("generation_config.json", {"task_to_id": None}, "no task_to_id"),
+        ("generation_config.json", {"task_to_id": {"translate": 412}}, "no task transcribe"),
+        ("generation_config.json", {"no_timestamps_token_id": None}, "no no_timestamps_token_id"),
+        ("generation_config.json", {"decoder_start_token_id": None}, "no decoder_start_token_id"),
+        ("generation_config.json", {"suppress_tokens": [5, 99_999]}, "tokens in the vocabulary"),
+        ("generation_config.json", {"suppress_tokens": "all"}, "cannot load the model"),
+        ("generation_config.json", {"no_timestamps_token_id": 99_999}, "tokens"),
+        ("generation_config.json", {"lang_to_id": {"<|ja|>": 7}}, "tokens of the prompt"),
+        ("preprocessor_config.json", {"feature_size": 80}, "mel bins of the feature extractor: 80, not 128"),
+        ("preprocessor_config.json", {"sampling_rate": 8000}, "cannot load the model"),
+        ("preprocessor_config.json", {"chunk_length": 15}, "window of the feature extractor"),
+        ("preprocessor_config.json", {"hop_length": 320}, "frames of the feature extractor"),
+    ],
+    ids=str,
+)
+def test_a_model_folder_whose_parts_do_not_fit_is_one_line(tmp_path, infer, name, changes, words):
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    change(folder, name, **changes)
+    path = write(tmp_path / "a.wav", synthesize("あ"))
+    status, out, err = infer("--audio", path, "--model", folder)
+    assert (status, out, err.count("\n")) == (2, "", 1) and words in err and str(folder) in err
+
+
+def spoil(folder: Path, name: str, factor: float) -> Path:
+    """A copy of the tiny model with one tensor multiplied."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(MODEL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name] * factor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name, factor, dtype", [
+    ("model.decoder.layers.1.fc2.weight", float("nan"), "float32"),
+    ("model.encoder.layers.0.fc1.weight", float("inf"), "bfloat16"),
+    ("model.encoder.layers.1.fc1.weight", 1e4, "float16"),  # transformers clamps what overflows here
+    ("model.decoder.layers.0.fc1.weight", 1e5, "float16"),
+])  # fmt: skip
+def test_a_model_that_computes_nan_is_an_error_not_an_empty_text(tmp_path, infer, name, factor, dtype):
+    folder = spoil(tmp_path / "model", name, factor)
+    paths = [write(tmp_path / f"{text}.wav", synthesize(text)) for text in ("さ", "よ")]
+    status, out, err = infer("--audio", *paths, "--model", folder, "--dtype", dtype)
+    assert (status, out) == (2, "") and f"cpu computes NaN or infinity in {dtype}" in err
+    assert ("--dtype bfloat16 or float32" in err) == (dtype == "float16") and "Traceback" not in err
 
 
 def test_an_unknown_language_is_refused_with_those_known():

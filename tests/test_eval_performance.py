@@ -63,7 +63,7 @@ def test_the_figures_printed_are_those_of_the_samples(on_both):
         assert float(total) == pytest.approx(sum(stages_ms), abs=0.06)
         assert float(share) == pytest.approx(sum(stages_ms) / medians[i] / 10, abs=0.06)
         missing = abs(1000 * medians[i] - sum(stages_ms)) > 50 * medians[i]
-        assert missing == bool(re.search(rf"^{column['name']}: [\d.]+ ms of", result.stdout, re.M))
+        assert missing == bool(re.search(rf"^{column['name']}: the stages", result.stdout, re.M))
     speed_up = f"{medians[0]:.3f} / {medians[1]:.3f} = {medians[0] / medians[1]:.2f}"
     assert cells["speed-up over the CPU"][1] == speed_up
     batch_s = np.median(report["columns"][0]["measurements"][2]["samples_s"])
@@ -171,5 +171,5 @@ def test_audio_that_cannot_be_measured(tmp_path, content, words):
 
 def test_a_report_that_cannot_be_written(tmp_path):
     result = run("eval_performance.py", *QUICK, "--device", "cpu", "--json", tmp_path)
-    assert result.returncode == 2 and f"error: --json {tmp_path}: Is a directory" in result.stderr
-    assert table(result.stdout)["tokens"] == ["9"]
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"error: --json {tmp_path}: not a regular file" in result.stderr

@@ -5,11 +5,12 @@ from conftest import write
 from tone_speech import random_text, spoken, synthesize
 
 import common
+import inference
 
 GREETING = "こんにちは、さようなら"
 
 
-def text_of(transcript: common.Transcript) -> str:
+def text_of(transcript: inference.Transcript) -> str:
     assert transcript.error is None
     return "".join(segment.text for segment in transcript.segments)
 
@@ -86,10 +87,8 @@ def test_every_batch_size_gives_the_same_text_in_input_order(corpus, transcribe,
 
 
 def test_chunks_of_several_files_fill_one_batch(corpus, recognizer):
-    sizes = [
-        sum(features is not None for _, _, features in batch)
-        for batch in common.prepare(corpus[0], recognizer.extractor, 15, 8)
-    ]
+    chunks = inference.read_files(corpus[0], recognizer.extractor, 15)
+    sizes = [sum(features is not None for *_, features in batch) for batch in inference.batches(chunks, 8)]
     assert sizes[:-1] == [8] * (len(sizes) - 1) and sum(sizes) > len(corpus[0])
 
 
@@ -129,7 +128,7 @@ def test_silence_is_counted_and_not_decoded(tmp_path, recognizer, transcribe):
     speech, silence = synthesize("こんにちは"), np.zeros(28 * 16_000, np.float32)
     # What the check is for: the model finds words in digital silence.
     features = common.extract_features(recognizer.extractor, silence[: 15 * 16_000])
-    assert len(common.generate(recognizer, [features], "ja", "transcribe", 20)[0]) > 1
+    assert len(common.generate(recognizer, [features], 20)[0]) > 1
     [transcript] = transcribe(write(tmp_path / "a.wav", np.concatenate([speech, silence, speech])))
     assert text_of(transcript) == "こんにちはこんにちは"
     assert (len(transcript.segments), transcript.silent) == (2, 1)
@@ -169,8 +168,8 @@ def test_reading_runs_ahead_in_another_thread():
             made.append(i)
             yield i
 
-    for i in common.ahead(items()):
-        while len(made) < min(i + 2, 4):  # the next one is made while this one is used
+    for i in inference.ahead(items(), 2):
+        while len(made) < min(i + 3, 4):  # the next two are made while this one is used
             pass
     assert made == [0, 1, 2, 3] and threading.main_thread() not in threads and len(threads) == 1
 
@@ -181,4 +180,4 @@ def test_what_fails_in_the_background_is_raised():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        list(common.ahead(items()))
+        list(inference.ahead(items(), 2))

@@ -1,7 +1,7 @@
 """Tone speech: an artificial language in which each kana is a chord of two tones.
 
 It stands in for recorded Japanese where no recording may be shipped: tests/tiny_whisper, a Whisper trained on it
-by tests/train_tiny_whisper.py, truly transcribes it, so that a test can compare the text that went in with the
+by tests/tiny_whisper/train.py, truly transcribes it, so that a test can compare the text that went in with the
 text that comes out. Every tone lies below 3.5 kHz and therefore survives an 8 kHz recording.
 """
 import numpy as np

@@ -1,10 +1,10 @@
 """Mutated sound files: each must end in text or in one line, within a time limit, and none may end the program.
 
-    python3 tests/fuzz.py --files 2000 --seed 0
+    python3 tests/stress/fuzz.py --files 2000 --seed 0
 """
 import argparse
-import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,11 +12,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import hostile
 import numpy as np
-from tone_speech import random_text, synthesize
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
+sys.path.insert(0, str(TESTS))
+import hostile  # noqa: E402
+from tone_speech import random_text, synthesize  # noqa: E402
+
 TIME_LIMIT_S = 60  # for a file; the first waits for the start of the program too
 FILES_PER_RUN = 250
 COMMAND = [sys.executable, "-X", "faulthandler", str(TESTS.parent / "inference.py"), "--device", "cpu"]
@@ -62,29 +64,35 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
     return data
 
 
-def run_on(folder: Path, n_files: int) -> tuple[str, list[dict]]:
-    """Transcribe a folder: stderr and the report. Exits where a file takes too long or the program falls."""
-    report = folder / "report.jsonl"
+def run_on(folder: Path, names: list[str]) -> dict[str, str | None]:
+    """Transcribe a folder: the error of each file, None where there is a text, and the other lines on stderr as "".
+
+    Exits where a file takes too long or the program falls.
+    """
+    out, done, last = folder / "out", -1, time.monotonic()
     with open(folder / "stderr", "w+b") as stderr:
-        command = [*COMMAND, "--audio", str(folder), "--output-dir", str(folder / "out"), "--report", str(report)]
+        command = [*COMMAND, "--audio", str(folder), "--output-dir", str(out)]
         process = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL)
-        n_done, last = 0, time.monotonic()
         while process.poll() is None:
             time.sleep(0.05)
-            n_lines = report.read_bytes().count(b"\n") if report.exists() else 0
-            if n_lines > n_done:
-                n_done, last = n_lines, time.monotonic()
+            now = os.fstat(stderr.fileno()).st_size + (len(os.listdir(out)) if out.exists() else 0)
+            if now > done:
+                done, last = now, time.monotonic()
             elif time.monotonic() - last > TIME_LIMIT_S:
                 process.kill()
-                sys.exit(f"after {n_done} of {n_files} files no answer within {TIME_LIMIT_S} s")
+                process.wait()
+                sys.exit(f"no answer within {TIME_LIMIT_S} s")
         stderr.seek(0)
         err = stderr.read().decode(errors="replace")
-    lines = [json.loads(line) for line in report.read_bytes().splitlines()] if report.exists() else []
-    if process.returncode not in (0, 1) or "Traceback" in err or len(lines) != n_files:
+    said = dict(re.findall(rf"^inference\.py: error: {re.escape(str(folder))}/([^:]*): (.*)$", err, re.M))
+    outcome = {name: said.get(name) for name in names}
+    texts = {path.stem for path in out.glob("*.json")}
+    silent = [name for name, error in outcome.items() if error is None and Path(name).stem not in texts]
+    if process.returncode not in (0, 1) or "Traceback" in err or silent:
         keep = tempfile.mkdtemp()
         subprocess.run(["cp", "-r", str(folder), keep], check=True)
-        sys.exit(f"status {process.returncode}, {len(lines)} of {n_files} files, see {keep}:\n{err[-2000:]}")
-    return err, lines
+        sys.exit(f"status {process.returncode}, neither text nor error: {silent}, see {keep}:\n{err[-2000:]}")
+    return outcome | {"": sum(not line.startswith("inference.py") for line in err.splitlines())}
 
 
 def fuzz(n_files: int, seed: int) -> Counter:
@@ -92,15 +100,16 @@ def fuzz(n_files: int, seed: int) -> Counter:
     rng, counts = np.random.default_rng(seed), Counter()
     originals = list(seeds(rng).items())
     for first in range(0, n_files, FILES_PER_RUN):
-        names = range(first, min(n_files, first + FILES_PER_RUN))
         with tempfile.TemporaryDirectory() as folder:
-            for i in names:
+            names = []
+            for i in range(first, min(n_files, first + FILES_PER_RUN)):
                 name, data = originals[i % len(originals)]
-                (Path(folder) / f"{i:05d}-{name}").write_bytes(mutate(data, rng))
-            err, lines = run_on(Path(folder), len(names))
-        counts.update("error" if line["error"] is not None else "text" for line in lines)
-        counts.update(line["error"].split(" (")[0].split(" after ")[0][:60] for line in lines if line["error"])
-        counts["lines of libraries on stderr"] += sum(not line.startswith("inference.py") for line in err.splitlines())
+                names.append(f"{i:05d}-{name}")
+                (Path(folder) / names[-1]).write_bytes(mutate(data, rng))
+            outcome = run_on(Path(folder), names)
+        counts["lines of libraries on stderr"] += outcome.pop("")
+        counts.update("text" if error is None else "error" for error in outcome.values())
+        counts.update(error.split(" (")[0].split(" after ")[0][:60] for error in outcome.values() if error)
     return counts
 
 

@@ -1,17 +1,18 @@
 """A step of the decoder: its time on this CPU against that of reading its weights once, and what it asks of an NPU.
 
-    python3 tests/benchmark_decode.py
+    python3 tests/benchmarks/decode.py
 
 The times are of the real architecture with random weights, for batches of 1 and 16; the launches and waits are counted
 on the simulated NPU, for common.decode and for the generate of transformers.
 """
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS / "fake_npu")]
+TESTS = Path(__file__).parent.parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "fake_npu")]
 import common  # noqa: E402
 
 RUNS, FEW, MANY = 7, 8, 72
@@ -28,7 +29,11 @@ def time_steps() -> None:
     import torch
 
     device, _ = common.select_device("cpu")
-    recognizer = common.random_recognizer(device, common.select_dtype("auto", device))
+    import random_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        random_model.save(Path(folder))
+        recognizer = common.load_model(folder, device, common.select_dtype("auto", device))
     recognizer.bias[:, recognizer.tokenizer.eos_token_id] = -float("inf")
     modules = [*recognizer.model.model.decoder.modules(), recognizer.model.proj_out]
     n_bytes = sum(m.weight.numel() * m.weight.element_size() for m in modules if isinstance(m, torch.nn.Linear))
@@ -37,7 +42,7 @@ def time_steps() -> None:
     for size in (1, 16):
         encoded = torch.randn(size, 1500, 1280, dtype=recognizer.model.dtype)
         for n in (FEW, MANY):
-            work[size, n] = lambda encoded=encoded, n=n: common.decode(recognizer, encoded, "ja", "transcribe", n)
+            work[size, n] = lambda encoded=encoded, n=n: common.decode(recognizer, encoded, n)
     samples = {name: [] for name in work}
     with torch.inference_mode():
         for _ in range(RUNS + 1):
@@ -66,10 +71,10 @@ def count_launches() -> None:
     model, end = recognizer.model, recognizer.tokenizer.eos_token_id
     recognizer.bias[:, end] = -float("inf")
     model.generation_config.suppress_tokens = [*range(87), end]  # 88, as OpenAI's models have
-    features = common.extract_features(recognizer.extractor, common.sweep(16_000)).to(device, torch.float16)
+    features = common.extract_features(recognizer.extractor, common.sweep()).to(device, torch.float16)
 
     def ours(n: int) -> None:
-        common.decode(recognizer, encoded, "ja", "transcribe", n)
+        common.decode(recognizer, encoded, n)
 
     def stock(n: int) -> None:
         model.generate(

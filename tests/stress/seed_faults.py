@@ -1,6 +1,6 @@
 """Seed faults into the candidate of eval_accuracy.py, one at a time, on the simulated NPU.
 
-    PYTHONPATH=tests/fake_npu python3 tests/seed_faults.py --audio a.wav b.wav
+    PYTHONPATH=tests/fake_npu python3 tests/stress/seed_faults.py --audio a.wav b.wav
 
 Prints a JSON line for each: the fault, the exit status, the worst figures, and the faults that were named.
 """
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS.parent))
 
 import common  # noqa: E402

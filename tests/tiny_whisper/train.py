@@ -1,6 +1,6 @@
 """Train tests/tiny_whisper: a Whisper of 0.8 M parameters that transcribes the tone speech of tone_speech.py.
 
-    python3 tests/train_tiny_whisper.py tests/tiny_whisper          # the committed model: an hour on two cores
+    PYTHONPATH=tests python3 tests/tiny_whisper/train.py tests/tiny_whisper    # an hour on two cores
 
 The window is 30 s and there are 128 mel bins, as in kotoba-whisper-v2.0, so the model goes through the very same
 code. It learns in short windows first, which is possible because the encoder's positions are fixed sinusoids: a

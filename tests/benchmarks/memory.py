@@ -1,6 +1,6 @@
 """Peak memory of inference.py on recordings of 10 minutes, 1 hour and 10 hours, with the tiny model on the CPU.
 
-    python3 tests/benchmark_memory.py
+    python3 tests/benchmarks/memory.py
 
 Each recording is speech and pauses, generated into a temporary folder (1.2 GB for 10 hours).
 """
@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from tone_speech import random_text, synthesize
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
+sys.path.insert(0, str(TESTS))
+from tone_speech import random_text, synthesize  # noqa: E402
+
 RATE = 16_000
 
 

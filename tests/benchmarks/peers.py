@@ -1,8 +1,8 @@
 """Against faster-whisper, whisper.cpp, OpenVINO and plain transformers on a CPU, with the real architecture.
 
     python3 -m venv peers
-    peers/bin/pip install -r tests/benchmark_peers.txt
-    peers/bin/python tests/benchmark_peers.py models        # converts the random weights to 10 GB of models once
+    peers/bin/pip install -r tests/benchmarks/peers.txt
+    peers/bin/python tests/benchmarks/peers.py models        # converts the random weights to 10 GB of models once
 
 All get the same chunks of the same audio and decode each to the same number of tokens, the end of text suppressed.
 Each runs in a process of its own, which waits while another has its turn, so that what else the machine does falls on
@@ -21,10 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+import random_model  # noqa: E402
+
 import common  # noqa: E402
 import eval_performance  # noqa: E402
+import inference  # noqa: E402
 
 END = 50257  # <|endoftext|>
 CLIP_TOKENS, FEW_TOKENS = 128, 8
@@ -32,33 +35,6 @@ TOKENS_PER_S = 70 / 15  # of dense Japanese speech
 BATCH_SIZE = 8
 
 # --- Converting ---
-
-
-def save_transformers(folder: Path) -> None:
-    """The random weights as a local folder of transformers, with a tokenizer of the right size and special ids."""
-    import torch
-    from train_tiny_whisper import byte_symbols
-    from transformers import AddedToken, WhisperTokenizerFast
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
-    device, _ = common.select_device("cpu")
-    recognizer = common.random_recognizer(device, torch.float32)
-    recognizer.model.save_pretrained(folder)
-    recognizer.extractor.save_pretrained(folder)
-    vocab = {symbol: i for i, symbol in enumerate(byte_symbols())}
-    vocab |= {f"w{i}": i for i in range(len(vocab), END)} | {"<|endoftext|>": END}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = WhisperTokenizerFast(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), **dict.fromkeys(
-            ["pad_token", "unk_token", "bos_token", "eos_token"], "<|endoftext|>"
-        )
-    )  # fmt: skip
-    names = ["startoftranscript", *LANGUAGES, "translate", "transcribe", "startoflm", "startofprev", "nospeech",
-             "notimestamps"]  # fmt: skip
-    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
-    tokenizer.add_tokens([AddedToken(f"<|{i * 0.02:.2f}|>", normalized=False) for i in range(1501)])
-    tokenizer.save_pretrained(folder)
 
 
 def save_ctranslate2(source: Path, folder: Path) -> None:
@@ -118,7 +94,7 @@ def ours(models: Path, dtype: str, chunk_length_s: float):
     import torch
 
     device, _ = common.select_device("cpu")
-    recognizer = common.random_recognizer(device, getattr(torch, dtype))
+    recognizer = common.load_model(str(models / "transformers"), device, getattr(torch, dtype))
     recognizer.bias[:, END] = -float("inf")
     decode, counts = common.decode, []
 
@@ -132,7 +108,7 @@ def ours(models: Path, dtype: str, chunk_length_s: float):
     def run(path, chunks, n_tokens):
         counts.clear()
         n_tokens = round(n_tokens * chunk_length_s / 30) if len(chunks) > 1 else n_tokens
-        list(common.transcribe(recognizer, [path], "ja", "transcribe", n_tokens, chunk_length_s, BATCH_SIZE))
+        list(inference.transcribe(recognizer, [path], n_tokens, chunk_length_s, BATCH_SIZE))
         return sum(counts)
 
     return run
@@ -149,7 +125,7 @@ def generating(model, extractor):
     """What the contenders share that have the generate of transformers."""
     import torch
 
-    model.generation_config.suppress_tokens = [*model.generation_config.suppress_tokens, END]
+    model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), END]
 
     def run(path, chunks, n_tokens):
         features, made = features_of(path, chunks, extractor), 0
@@ -272,7 +248,7 @@ def main() -> None:
     args.models.mkdir(parents=True, exist_ok=True)
     source = args.models / "transformers"
     for path, convert in [
-        (source, lambda _: save_transformers(source)),
+        (source, random_model.save),
         (args.models / "ctranslate2", lambda path: save_ctranslate2(source, path)),
         (args.models / "ggml.bin", lambda path: save_ggml(source, path)),
         (args.models / "openvino", lambda path: save_openvino(source, path)),
@@ -282,10 +258,7 @@ def main() -> None:
             convert(path)
     clip = eval_performance.synthesize(str(args.models / "clip.wav"), 3)
     recording = eval_performance.synthesize(str(args.models / "long.wav"), 60 * args.minutes)
-    from transformers import WhisperFeatureExtractor
-
-    extractor = WhisperFeatureExtractor.from_pretrained(source)
-    chunks = [(start, end) for start, end, _ in common.read_chunks(recording, extractor, 30)]
+    chunks = [(start, end) for start, end, _ in common.read_chunks(recording, 30)]
     n_tokens = round(30 * TOKENS_PER_S)
     names = [name for name in CONTENDERS if any(text in name for text in args.only)]
     contenders = [Contender(name, args.models) for name in names]
