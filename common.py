@@ -87,12 +87,15 @@ class AudioError(Exception):
 
 @dataclass(frozen=True)
 class Recognizer:
-    """A model on its device, its feature extractor and tokenizer, its prompt, and the bias of suppress_bias."""
+    """A model on its device, its feature extractor and tokenizer, and there too its prompt and its suppress_bias.
+
+    prompt: (PROMPT_LENGTH,) int64, bias: (2, n_vocab) float32.
+    """
 
     model: transformers.WhisperForConditionalGeneration
     extractor: transformers.WhisperFeatureExtractor
     tokenizer: transformers.WhisperTokenizerFast
-    prompt: list[int]
+    prompt: torch.Tensor
     bias: torch.Tensor
 
 
@@ -244,27 +247,39 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def start_npu(index: int) -> str | None:
-    """Make npu:index ready; None, or the reason why it cannot be used and what to do about it."""
+def npu_problem(error: BaseException) -> str:
+    """Why an NPU does not start, and what to do about it: the same trouble shows at several places."""
+    scripts = [f"/usr/local/Ascend/{name}/set_env.sh" for name in ("cann", "ascend-toolkit")]
+    there = [script for script in scripts if os.path.exists(script)]
+    source = there[0] if there else f"{scripts[0]} (CANN 8.5 and later) or {scripts[1]} (before)"
+    remedy = "see in npu-smi info what holds it"
+    if re.search("libascend_hal|driver", str(error), re.IGNORECASE):
+        remedy = "mount the driver, /usr/local/Ascend/driver, into the container"
+    elif re.search("lib[a-z_]+[.]so|ASCEND_[A-Z]+|set_env|500001", str(error)):
+        remedy = f"source {source}, and install the Python packages that CANN needs"
+    return f"({first_line(error)}): {remedy}"
+
+
+def start_npu(index: int | None, local_rank: int) -> tuple[int, str | None]:
+    """Make npu:index ready, or that which falls to a process of torchrun: its index, and None or why it cannot be used.
+    """
     import torch
 
     try:
-        import torch_npu  # noqa: F401  (adds torch.npu)
-    except (ImportError, RuntimeError) as error:
+        import torch_npu  # adds torch.npu
+    except Exception as error:  # torch_npu raises that too, where CANN is there in part
         sys.modules["torch_npu"] = None  # else transformers imports it again, unguarded
         if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
-            return f"torch_npu is not installed: install the torch-npu that goes with torch {torch.__version__}"
-        remedy = "source /usr/local/Ascend/ascend-toolkit/set_env.sh and try again"
-        if "libascend_hal" in str(error):
-            remedy = "mount the driver, /usr/local/Ascend/driver, into the container"
-        return f"torch_npu cannot load CANN ({first_line(error)}): {remedy}"
+            return index, f"torch_npu is not installed: install the torch-npu that goes with torch {torch.__version__}"
+        return index, f"torch_npu cannot be loaded {npu_problem(error)}"
     try:
         count = torch.npu.device_count() if torch.npu.is_available() else 0
         if count == 0:
             visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
-            return f"no NPU is visible (ASCEND_RT_VISIBLE_DEVICES: {visible}): see what npu-smi info lists"
+            return index, f"no NPU is visible (ASCEND_RT_VISIBLE_DEVICES: {visible}): see what npu-smi info lists"
+        index = local_rank % count if index is None else index  # several processes may share an NPU
         if index >= count:
-            return f"npu:{index} is out of range: npu:0 to npu:{count - 1} are visible"
+            return index, f"npu:{index} is out of range: npu:0 to npu:{count - 1} are visible"
         torch.npu.set_device(index)
         # Else torch_npu 2.9.0.post1 sends conv1d through its slow legacy compiler on Ascend910B.
         torch.npu.config.allow_internal_format = False
@@ -272,8 +287,27 @@ def start_npu(index: int) -> str | None:
         torch.zeros(1, device=f"npu:{index}")  # a busy NPU counts as available until it is used
         torch.npu.synchronize()
     except (RuntimeError, AssertionError) as error:
-        return f"npu:{index} does not start ({first_line(error)}): see in npu-smi info what holds it"
-    return None
+        return index, f"npu:{index} does not start {npu_problem(error)}"
+    if hasattr(torch_npu, "npu_gelu"):
+        use_exact_gelu(torch_npu)
+    return index, None
+
+
+def use_exact_gelu(torch_npu: types.ModuleType) -> None:
+    """Have models on an NPU compute the GELU that they were trained with: F.gelu of torch_npu 2.9.0 is the tanh form.
+
+    transformers calls it by this name after the convolutions, and keeps it in each layer of a model loaded later.
+    """
+    import torch
+
+    gelu = torch.nn.functional.gelu
+
+    def exact_gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+        if x.device.type != "npu":
+            return gelu(x, approximate=approximate)
+        return torch_npu.npu_gelu(x, approximate=approximate)
+
+    torch.nn.functional.gelu = exact_gelu
 
 
 def torchrun_place() -> tuple[int, int, int, int]:
@@ -308,15 +342,15 @@ def select_device(name: str | None) -> tuple[torch.device, str | None]:
     if n_processes > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // n_processes))
     kind, _, index = (name or "npu").partition(":")
-    index = int(index or local_rank)
     if kind == "npu":
-        problem = start_npu(index)
+        index, problem = start_npu(int(index) if index else None, local_rank)
         if problem is None:
             return torch.device("npu", index), None
         if name is None:
             return torch.device("cpu"), f"running on the CPU, not on an NPU: {problem}"
         raise SetupError(f"--device {name}: {problem}")
     sys.modules.setdefault("torch_npu", None)  # else transformers imports it, which fails where CANN is absent
+    index = int(index or local_rank)
     if kind == "cuda" and index >= torch.cuda.device_count():
         raise SetupError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
     return torch.device(kind, index if kind == "cuda" else None), None
@@ -340,7 +374,7 @@ def device_errors(device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if re.search("out of memory|can't allocate memory", str(error)):
+        if re.search("out of memory|can't allocate memory|Failed to (apply for|allocate) memory|EL0004", str(error)):
             raise OutOfMemoryError(f"{device} failed: {first_line(error)} (see what else holds its memory)") from error
         raise DeviceError(f"{device} failed: {first_line(error)} (see whether it still answers)") from error
 
@@ -435,6 +469,8 @@ def load_model(
 
     Raises SetupError where it cannot be loaded whole, does not know the language, or does not fit the device.
     """
+    import torch
+
     transformers = import_transformers()
     folder = name if os.path.isdir(name) else download_model(name)
     try:
@@ -451,7 +487,7 @@ def load_model(
         )
         if bad := [*report["missing_keys"], *report["mismatched_keys"]]:
             raise ValueError(f"{len(bad)} weights are missing or of another shape, among them {bad[0]}")
-        prompt = prompt_of(model, processor, language, task)
+        prompt = torch.tensor(prompt_of(model, processor, language, task))
         bias = suppress_bias(model.generation_config, model.config.vocab_size)
     except SetupError:
         raise
@@ -471,7 +507,7 @@ def move(recognizer: Recognizer, device: torch.device, dtype: torch.dtype) -> Re
         model = recognizer.model.to(device, dtype)
         if device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             use_cpu_kernels(model)
-        return replace(recognizer, model=model, bias=recognizer.bias.to(device))
+        return replace(recognizer, model=model, prompt=recognizer.prompt.to(device), bias=recognizer.bias.to(device))
 
 
 def use_cpu_kernels(model: transformers.WhisperForConditionalGeneration) -> None:
@@ -530,6 +566,11 @@ def arrange_cross_attention(cache: transformers.EncoderDecoderCache) -> None:
     for layer in cache.cross_attention_cache.layers:
         layer.keys = layer.keys.float()
         layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)
+
+
+def default_batch_size(device: torch.device) -> int:
+    """How many chunks are decoded together: on an accelerator they share the launches of each token."""
+    return 8 if device.type == "cpu" else 16
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -850,8 +891,11 @@ def encode(model: transformers.WhisperForConditionalGeneration, features: torch.
     return encoded.masked_fill(torch.cat(clamped)[:, None, None], float("nan"))
 
 
-def decode(recognizer: Recognizer, encoded: torch.Tensor, max_new_tokens: int) -> list[list[int]]:
-    """Greedy decoding of an encoder's output: the rows that generate describes, as model.generate would give them.
+def decode(
+    recognizer: Recognizer, encoded: torch.Tensor, max_new_tokens: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy decoding of an encoder's output: the token ids of each row, as model.generate would give them, to the
+    end-of-text id or the limit and without the prompt; and the score, logit plus bias, of each.
 
     The host does less for a token than in model.generate, and it waits for the device once in CHECK_EVERY tokens.
     Raises NotFiniteError.
@@ -861,7 +905,7 @@ def decode(recognizer: Recognizer, encoded: torch.Tensor, max_new_tokens: int) -
 
     model, end = recognizer.model, recognizer.tokenizer.eos_token_id
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    token_ids = torch.tensor([recognizer.prompt] * len(encoded), device=model.device)
+    token_ids = recognizer.prompt.expand(len(encoded), -1)  # a copy from the host would wait for the encoder
     positions = torch.arange(PROMPT_LENGTH + max_new_tokens, device=model.device)
     position, bias, columns, scores = positions[:PROMPT_LENGTH], recognizer.bias[0], [], []
     ended = torch.zeros(len(encoded), dtype=torch.bool, device=model.device)
@@ -881,17 +925,17 @@ def decode(recognizer: Recognizer, encoded: torch.Tensor, max_new_tokens: int) -
         position = positions[PROMPT_LENGTH + i : PROMPT_LENGTH + i + 1]
     rows, scores = torch.stack(columns, 1).tolist(), torch.stack(scores, 1).tolist()
     rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
-    if not all(math.isfinite(score) for row, of_row in zip(rows, scores, strict=True) for score in of_row[: len(row)]):
+    scores = [of_row[: len(row)] for row, of_row in zip(rows, scores, strict=True)]
+    if not np.isfinite(list(itertools.chain(*scores))).all():
         remedy = "--dtype bfloat16 or float32 may hold them" if model.dtype == torch.float16 else "is the model whole?"
         raise NotFiniteError(f"{model.device} computes NaN or infinity in {str(model.dtype)[6:]}: {remedy}")
-    return rows
+    return rows, scores
 
 
-def generate(recognizer: Recognizer, features: list[torch.Tensor], max_new_tokens: int) -> list[list[int]]:
-    """Recognise a batch greedily: the token ids of each row, without the prompt, to the end-of-text id or the limit.
-
-    Raises DeviceError.
-    """
+def generate(
+    recognizer: Recognizer, features: list[torch.Tensor], max_new_tokens: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """What decode gives for a batch of features. Raises DeviceError."""
     import torch
 
     model = recognizer.model

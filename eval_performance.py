@@ -108,7 +108,7 @@ def transcribe(
             with timed("encoder"):
                 encoded = common.encode(model, batch)
             with timed("decode"):
-                token_ids = common.decode(recognizer, encoded, max_new_tokens)
+                token_ids, _ = common.decode(recognizer, encoded, max_new_tokens)
             with timed("text"):
                 for ids in token_ids:
                     recognizer.tokenizer.decode(ids, skip_special_tokens=True)
@@ -116,11 +116,12 @@ def transcribe(
     return audio_s, n_tokens
 
 
-def measure(recognizer: common.Recognizer, label: str, paths: list[str], batch_size: int, args) -> Measurement:
+def measure(recognizer: common.Recognizer, label: str, paths: list[str], batch_size: int | None, args) -> Measurement:
     """Warm up, then time runs as a whole and stage by stage in turns. Raises SetupError."""
     import torch
 
-    device, work = recognizer.model.device, (recognizer, paths, batch_size, args.max_new_tokens)
+    device = recognizer.model.device
+    work = recognizer, paths, batch_size or common.default_batch_size(device), args.max_new_tokens
     if device.type != "cpu":
         getattr(torch, device.type).reset_peak_memory_stats(device)
     result, stages_s = Measurement(label, audio_s=0.0), {}
@@ -217,6 +218,8 @@ def describe(column: Column, cpu: Column, imports_s: float, args: argparse.Names
     rows |= {f"{stage} (ms)": f"{stage_ms:.1f}" for stage, stage_ms in stages.items()}
     rows["decode (ms)"] += f", {stages['decode'] / m.n_tokens:.2f} a token"
     rows["sum of the stages (ms)"] = f"{sum(stages.values()):.1f}, {100 * share:.1f} % of a run"
+    host_ms = stages["read and resample"] + stages["features"]
+    rows["the host alone can feed"] = f"{1000 * m.audio_s / host_ms:.0f} times real time"
     rows["peak memory of the device (MB)"] = "" if m.peak_bytes is None else f"{m.peak_bytes / 1e6:.0f}"
     return rows
 
@@ -290,8 +293,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=128, metavar="N",
         help=f"token limit of a chunk, 1 to {common.MAX_NEW_TOKENS}; synthetic audio is decoded to it (default: "
         "%(default)s)")  # fmt: skip
-    add("--batch-size", type=common.number(int, 1), default=8, metavar="N",
-        help="chunks decoded together, of which the sweep is one (default: %(default)s)")  # fmt: skip
+    add("--batch-size", type=common.number(int, 1), metavar="N",
+        help="chunks decoded together, of which the sweep is one (default: 16, on a CPU 8)")  # fmt: skip
     add("--batch-sizes", type=numbers(int, 1024), default=[], metavar="N,N...",
         help="also measure batches of so many full windows")  # fmt: skip
     add("--durations", type=numbers(float, 36_000), default=[], metavar="S,S...",

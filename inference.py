@@ -91,8 +91,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help=f"token limit of a chunk, 1 to {common.MAX_NEW_TOKENS} (default: %(default)s)")  # fmt: skip
     add("--chunk-length", type=common.number(float, 1, 30), default=common.CHUNK_LENGTH_S, metavar="SECONDS",
         help="longest stretch decoded at once in files over 30 s, 1 to 30 (default: %(default)s)")  # fmt: skip
-    add("--batch-size", type=common.number(int, 1), default=8, metavar="N",
-        help="chunks decoded together, across files too (default: %(default)s)")  # fmt: skip
+    add("--batch-size", type=common.number(int, 1), metavar="N",
+        help="chunks decoded together, across files too (default: 16, on a CPU 8)")  # fmt: skip
     add("--output-dir", "-o", metavar="DIR", help="write files there (default: write to stdout)")
     add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt", help="(default: %(default)s)")
     add("--skip-existing", action="store_true", help="skip the files whose outputs are all there")
@@ -316,7 +316,7 @@ def recognize(recognizer: common.Recognizer, batch: list[tuple], max_new_tokens:
     while len(token_ids) < len(features):
         part = features[len(token_ids) : len(token_ids) + batch_size]
         try:
-            token_ids += common.generate(recognizer, part, max_new_tokens)
+            token_ids += common.generate(recognizer, part, max_new_tokens)[0]
             continue
         except common.OutOfMemoryError:
             if len(part) == 1:
@@ -402,8 +402,9 @@ def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool
     loaded, stopped, n_left = time.perf_counter(), None, len(paths)
     with progress_bar(paths, recognizer.extractor.chunk_length) as bar:
         results = transcribe(
-            recognizer, paths, args.max_new_tokens, args.chunk_length, args.batch_size, on_progress=bar.update
-        )
+            recognizer, paths, args.max_new_tokens, args.chunk_length,
+            args.batch_size or common.default_batch_size(device), on_progress=bar.update,
+        )  # fmt: skip
         try:
             for transcript in results:
                 if transcript.error is None:

@@ -113,7 +113,7 @@ def test_where_no_chunk_fits_the_run_ends(three):
 
 @needs_fake
 @pytest.mark.parametrize("fault", ["stumble", "lost"])
-@pytest.mark.parametrize("n_products", [0, 60])  # in the first batch, in the second
+@pytest.mark.parametrize("n_products", [0, 200])  # in the first batch, in the second
 def test_a_device_that_fails_ends_the_run(three, fault, n_products):
     """What comes back after a failure is never text, not even where the device seems to go on."""
     options = ["--device", "npu", "--batch-size", "1"]
@@ -131,7 +131,7 @@ def test_a_file_that_is_in_the_failed_batch_is_not_delivered(three, tmp_path):
     """Not with the text of the chunks before the one that failed, and no file that shares its batch."""
     path = write(tmp_path / "long.flac", synthesize(random_text(np.random.default_rng(5), 300, 6)))
     options = ["--device", "npu", "--batch-size", "2", "--output-dir", tmp_path / "out"]
-    result = infer("--audio", three[0], path, three[1], *options, FAKE_NPU_FAULT="stumble", FAKE_NPU_AFTER="300")
+    result = infer("--audio", three[0], path, three[1], *options, FAKE_NPU_FAULT="stumble", FAKE_NPU_AFTER="900")
     assert result.returncode == 2 and "2 files, 1 failed" in result.stderr
     assert result.stderr.count("inference.py: error: ") == 2 and "files not reached: 1" in result.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["あさ.txt"]

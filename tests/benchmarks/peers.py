@@ -99,9 +99,9 @@ def ours(models: Path, dtype: str, chunk_length_s: float):
     decode, counts = common.decode, []
 
     def counting(*arguments):
-        rows = decode(*arguments)
+        rows, scores = decode(*arguments)
         counts.extend(map(len, rows))
-        return rows
+        return rows, scores
 
     common.decode = counting
 

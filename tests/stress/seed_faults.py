@@ -1,15 +1,19 @@
 """Seed faults into the candidate of eval_accuracy.py, one at a time, on the simulated NPU.
 
     PYTHONPATH=tests/fake_npu python3 tests/stress/seed_faults.py --audio a.wav b.wav
+    PYTHONPATH=tests/fake_npu python3 tests/stress/seed_faults.py --model FOLDER --only nothing head
 
-Prints a JSON line for each: the fault, the exit status, the worst figures, and the faults that were named.
+Prints a JSON line for each: the fault, the exit status, the worst figures, and what was named, then a Markdown table.
 """
+import argparse
 import contextlib
 import dataclasses
 import io
 import json
+import re
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
@@ -17,10 +21,6 @@ sys.path.insert(0, str(TESTS.parent))
 
 import common  # noqa: E402
 import eval_accuracy  # noqa: E402
-
-
-def layers(model):
-    return [*model.model.encoder.layers, *model.model.decoder.layers]
 
 
 def wrong_weight(model):
@@ -46,13 +46,6 @@ def layer_norm_epsilon(model, epsilon=1e-3):
 
 def layer_norm_epsilon_small(model):
     layer_norm_epsilon(model, 1e-6)
-
-
-def gelu_tanh(model):
-    import torch
-
-    for layer in layers(model):
-        layer.activation_fn = torch.nn.GELU(approximate="tanh")
 
 
 def float16_noise(model):
@@ -100,6 +93,62 @@ def cache_off_by_one(model):
     embedding.forward = forward
 
 
+def head_wrong_in_the_last_layer(model):
+    attention = model.model.encoder.layers[-1].self_attn
+    attention.v_proj.weight.data[-attention.head_dim :].mul_(-1)
+
+
+def rows_swapped(model):
+    def swap(module, inputs, output):
+        output.last_hidden_state = output.last_hidden_state.flip(0)
+        return output
+
+    model.model.encoder.register_forward_hook(swap)
+
+
+def wrong_in_batches_of_16(model):
+    def spoil(module, inputs, output):
+        return output * 1.5 if len(output) == 16 else output
+
+    model.model.encoder.layers[0].fc2.register_forward_hook(spoil)
+
+
+def second_window_wrong(model):
+    windows = []
+
+    def spoil(module, inputs, output):
+        windows.append(None)
+        return output * 1.02 if len(windows) % 2 == 0 else output
+
+    model.model.encoder.layers[0].fc2.register_forward_hook(spoil)
+
+
+def cache_wrong_beyond_256(model):
+    embedding = model.model.decoder.embed_positions
+    original = embedding.forward
+
+    def forward(input_ids, past_key_values_length=0, position_ids=None):
+        if input_ids.shape[1] == 1 and position_ids is not None:  # a step with a cache
+            position_ids = position_ids + (position_ids > 256)
+        return original(input_ids, past_key_values_length, position_ids)
+
+    embedding.forward = forward
+
+
+def stale_after_an_error(model):
+    """An operation fails in the middle of the candidate's runs, and the task queue says it once."""
+    import torch_npu
+
+    torch_npu.FAULT, torch_npu.AFTER = "async", torch_npu.STATS["products"] + 500
+
+
+def stale_without_an_error(model):
+    """The same, where something has swallowed the error."""
+    import torch_npu
+
+    torch_npu.QUEUE["dead"] = True
+
+
 def stale_results(model):
     before = []
 
@@ -128,45 +177,99 @@ def nothing(model):
     pass
 
 
-FAULTS = [wrong_weight, head_zeroed, bias_dropped, layer_norm_epsilon, layer_norm_epsilon_small, gelu_tanh,
-          float16_noise, nan_in_one_logit, encoder_off_by_one_frame, cache_off_by_one, "wrong_suppress_list",
-          stale_results]  # fmt: skip
-CLEAN = [(nothing, "float16"), (nothing, "bfloat16"), (nothing, "float32"), (reordered_reductions, "float16"),
-         (reordered_reductions, "float32")]  # fmt: skip
+def tanh_gelu_of_the_device(model):
+    """torch_npu's own F.gelu, where its exact one cannot be put in place."""
+    import torch
+    import torch_npu
+
+    torch_npu.npu_gelu = lambda x, *, approximate: torch.ops.aten.gelu.default(x)
+
+
+def hf32_that_stays_on(model):
+    import torch_npu
+
+    torch_npu.FAULT = "hf32-stuck"
+
+
+def both_of_them(model):
+    tanh_gelu_of_the_device(model)
+    hf32_that_stays_on(model)
+
+
+def kernels_with_an_error_of_1e_5(model):
+    """LayerNorm and attention, as far from exact as the device's documentation allows."""
+    import torch_npu
+
+    torch_npu.KERNEL_ERROR = 1e-5
+
+
+FAULTS = [wrong_weight, head_zeroed, head_wrong_in_the_last_layer, bias_dropped, layer_norm_epsilon,
+          layer_norm_epsilon_small, float16_noise, nan_in_one_logit, encoder_off_by_one_frame, cache_off_by_one,
+          cache_wrong_beyond_256, "wrong_suppress_list", rows_swapped, wrong_in_batches_of_16, second_window_wrong,
+          stale_results, stale_after_an_error, stale_without_an_error]  # fmt: skip
+HEALTHY = [nothing, reordered_reductions, tanh_gelu_of_the_device, hf32_that_stays_on, both_of_them,
+           kernels_with_an_error_of_1e_5]  # fmt: skip
+FIGURES = ("relative", "encoder", "repeat", "cache", "float32_relative", "float32_encoder")
 
 
 def evaluate(fault, dtype: str, arguments: list[str]) -> dict:
     """Run eval_accuracy.py with a fault in the candidate."""
-    move, seeded = common.move, []
+    import torch_npu
+
+    move, seeded, device = common.move, [], (torch_npu.FAULT, torch_npu.KERNEL_ERROR, torch_npu.npu_gelu)
 
     def faulty_move(recognizer, device, dtype):
+        if device.type == "cpu":  # to explain what the candidate computed, the reference computes again: without faults
+            return common.load_model(parsed.model, device, dtype)
         recognizer = move(recognizer, device, dtype)
-        if device.type == "npu" and fault == "wrong_suppress_list":
-            recognizer = dataclasses.replace(recognizer, bias=recognizer.bias.roll(1, 1))
-        elif device.type == "npu" and not seeded:
+        if fault == "wrong_suppress_list":
+            return dataclasses.replace(recognizer, bias=recognizer.bias.roll(1, 1))
+        if not any(model is recognizer.model for model in seeded):
             fault(recognizer.model)
-            seeded.append(fault)
+            seeded.append(recognizer.model)
         return recognizer
 
-    common.move = faulty_move
+    parsed = eval_accuracy.parse_arguments(arguments)
     out, err = io.StringIO(), io.StringIO()
     with tempfile.NamedTemporaryFile() as file, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        eval_accuracy.common = types.SimpleNamespace(**vars(common) | {"move": faulty_move})
         status = eval_accuracy.main(["--device", "npu", "--dtype", dtype, "--json", file.name, *arguments])
         report = {"clips": [], "error": err.getvalue()}
         if status < 2:
             report = json.loads(Path(file.name).read_text(encoding="utf-8"))
-    common.move = move
-    names = ("relative", "encoder", "repeat", "float32_relative", "float32_encoder")
-    worst = {n: [c["overall"][n] for c in report["clips"]] for n in names}  # null: NaN or infinity
+    eval_accuracy.common = common
+    torch_npu.FAULT, torch_npu.KERNEL_ERROR, torch_npu.npu_gelu = device
+    torch_npu.QUEUE.update(error=None, dead=False)
+    worst = {n: [c["overall"][n] for c in report["clips"]] for n in FIGURES}  # null: NaN or infinity
     figures = {n: None if None in values else max(values, default=None) for n, values in worst.items()}
     name = fault if isinstance(fault, str) else fault.__name__
     reasons = [reason for clip in report["clips"] for reason in clip["faults"]] + [report.get("error", "")]
-    return {"fault": name, "dtype": dtype, "status": status, **figures, "reasons": reasons}
+    notes = [note for clip in report["clips"] for note in clip["notes"]]
+    return {"fault": name, "dtype": dtype, "status": status, **figures, "reasons": reasons, "notes": notes}
+
+
+def row(result: dict) -> str:
+    """A row of the table: what was seeded, the figures, the verdict and what showed it."""
+    figures = ["NaN" if result[n] is None else f"{result[n]:.2g}" for n in FIGURES]
+    named = dict.fromkeys(re.sub(r" [\d.e-]+ is not below.*| from token.*|:.*", "", r) for r in result["reasons"] if r)
+    said = ", ".join(named) or "; ".join(dict.fromkeys(re.sub(":.*", "", note) for note in result["notes"]))
+    verdict = ["PASS", "FAIL", "not evaluated"][result["status"]]
+    return f"| {result['fault'].replace('_', ' ')}, {result['dtype']} | {' | '.join(figures)} | {verdict} | {said} |"
 
 
 def main() -> None:
-    for fault, dtype in [*((fault, "float16") for fault in FAULTS), *CLEAN]:
-        print(json.dumps(evaluate(fault, dtype, sys.argv[1:]), ensure_ascii=False), flush=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="those with this in their names")
+    args, arguments = parser.parse_known_args()
+    runs = [(fault, "float16") for fault in FAULTS] + [(h, d) for h in HEALTHY for d in ("float16", "bfloat16")]
+    rows = []
+    for fault, dtype in [*runs, (nothing, "float32")]:
+        if any(text in str(fault) for text in args.only):
+            result = evaluate(fault, dtype, arguments)
+            rows.append(row(result))
+            print(json.dumps(result, ensure_ascii=False), flush=True)
+    print("| seeded | relative | encoder | between runs | decoding | float32 | encoder in float32 | verdict | named |")
+    print("|---|---|---|---|---|---|---|---|---|", *rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,44 @@
 """A simulated torch_npu: with this folder's parent on PYTHONPATH, `import torch_npu` gives a device named npu.
 
-Its tensors hold a CPU tensor each and compute with it, so the numbers are the CPU's. What it checks is the program
-around them: tensors of the CPU and the NPU must not meet in one operation, work is counted, and so is what the
-device has not been waited for. It needs torch.utils.backend_registration._setup_privateuseone_for_python_backend,
-which torch has from 2.10 on. Environment variables make it fail as the real one does:
+Its tensors hold a CPU tensor each and compute with it, but as an Ascend910B computes and fails according to the source
+of torch_npu 2.9.0 (Ascend/pytorch 12d689a) and its op-plugin (7213914):
+
+    F.gelu          the tanh form whatever is asked for: op_plugin_functions.yaml, gelu: aclnnGelu(self, out)
+    npu_gelu        exact: aclnnGeluV2; use_compatible_impl, which makes F.gelu exact, only from 2.9.0.post1 on
+    convolution     float32 in HF32 (11 bits of mantissa) while conv.allow_hf32, which is True at first
+    mm, addmm, bmm  the same while matmul.allow_hf32, which is False at first
+    allow_hf32      the value is stored, then AclSetCompileopt may fail: core/npu/register/OptionRegister.cpp
+    copies          from the host wait for the stream unless they are non_blocking: CopyKernelOpApi.cpp
+    task queue      an asynchronous failure is raised once; after that operations are dropped and copies back give what
+                    the memory held before: core/npu/NPUQueue.cpp, Enqueue and MakeSureQueueEmpty
+    start           _cann_package_check raises a bare Exception: utils/npu_intercept.py; aclInit runs at the first use
+                    of a device: core/npu/sys_ctrl/npu_sys_ctrl.cpp
+    out of memory   NPUCachingAllocator.cpp, NPUWorkspaceAllocator.cpp, NPUErrorCodes.h, EL0004 of CANN's runtime
+
+It checks the program around the numbers too: tensors of the CPU and the NPU must not meet in one operation, work is
+counted, and so is what the device has not been waited for. It needs
+torch.utils.backend_registration._setup_privateuseone_for_python_backend, which torch has from 2.10 on. Environment
+variables tell it what to be:
 
     FAKE_NPU_FAULT   missing     torch_npu is not installed
                      cann        CANN is not installed or its set_env.sh was not sourced
                      driver      the driver is not mounted into the container
+                     opp         CANN's set_env.sh was sourced in part
                      no-device   everything is installed but there is no NPU
                      busy        the NPU is listed but does not start
+                     hf32        setting allow_hf32 fails
+                     hf32-stuck  setting allow_hf32 changes nothing
+                     no-gelu     there is no npu_gelu
                      lost        the NPU stops answering at a matrix product
                      stumble     one matrix product fails
+                     async       one matrix product fails and its error shows at the next operation
+                     swap        the second convolution gives the rows of a batch in reverse order
     FAKE_NPU_AFTER   how many matrix products go well before (0)
+    FAKE_NPU_ERROR   a relative error that LayerNorm and attention make (0)
     FAKE_NPU_COUNT   how many NPUs there are (1)
     FAKE_NPU_BYTES   the largest tensor that fits the NPU's memory (no limit)
-
-The texts of the failures are those of torch_npu 2.9 and 2.13.
+    FAKE_NPU_OOM     which of the texts OOM it says then (0)
+    FAKE_NPU_VERSION (2.9.0)
 """
 import os
 import types
@@ -25,14 +47,25 @@ FAULT = os.environ.get("FAKE_NPU_FAULT", "")
 COUNT = 0 if FAULT == "no-device" else int(os.environ.get("FAKE_NPU_COUNT", "1"))
 AFTER = int(os.environ.get("FAKE_NPU_AFTER", "0"))
 MAX_BYTES = float(os.environ.get("FAKE_NPU_BYTES", "inf"))
+KERNEL_ERROR = float(os.environ.get("FAKE_NPU_ERROR", "0"))
+OOM = [
+    "NPU out of memory. Tried to allocate 16.00 MiB (NPU 0; 29.50 GiB total capacity; 27.10 GiB already allocated)",
+    "NPU out of memory. NPUWorkspaceAllocator tried to allocate 16.00 MiB(NPU 0; 29.50 GiB total capacity)",
+    "NPU function error: aclrtMallocAlign32, error code is 207001\n[ERROR] ERR00100 PTA call acl api failed\n[Error]: "
+    "Failed to apply for memory.",
+    "call aclnnAddmm failed, detail:EL0004: [PID: 7] Failed to allocate memory requested by RUNTIME module.",
+][int(os.environ.get("FAKE_NPU_OOM", "0"))]
+__version__ = os.environ.get("FAKE_NPU_VERSION", "2.9.0")
 if FAULT == "missing":
     raise ModuleNotFoundError("No module named 'torch_npu'", name="torch_npu")
 if FAULT in ("cann", "driver"):
     library = {"cann": "libhccl.so", "driver": "libascend_hal.so"}[FAULT]
     raise ImportError(f"{library}: cannot open shared object file: No such file or directory", name="_C")
+if FAULT == "opp":
+    raise Exception("ASCEND_OPP_PATH environment variable is not set. Please check whether the opp package has been "
+                    "installed. If exist, please run 'source set_env.sh' in the CANN installation path.")  # fmt: skip
 
 import torch  # noqa: E402
-from torch.utils._pytree import tree_flatten, tree_map  # noqa: E402
 from torch.utils.backend_registration import (  # noqa: E402
     _DummyDeviceGuard,
     _setup_privateuseone_for_python_backend,
@@ -40,14 +73,49 @@ from torch.utils.backend_registration import (  # noqa: E402
 
 # launches: operations; syncs: times the host waited; pending: launches since it last waited
 STATS = {"launches": 0, "syncs": 0, "pending": 0, "to_device": 0, "to_host": 0, "products": 0}
+QUEUE = {"error": None, "dead": False, "memory": {}}  # what it will raise; whether it drops work; what results replaced
 VIEWS = {"view", "_unsafe_view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze",
          "squeeze", "detach", "alias", "as_strided", "split", "unbind", "_reshape_alias"}  # fmt: skip
 
 
 def waited() -> None:
     """The host has waited for the device."""
+    raise_once()
     STATS["syncs"] += 1
     STATS["pending"] = 0
+
+
+def raise_once() -> None:
+    """What the task queue does after an asynchronous failure: it raises, and from then on it drops all work."""
+    if QUEUE["error"]:
+        error, QUEUE["error"], QUEUE["dead"] = QUEUE["error"], None, True
+        raise RuntimeError(error)
+
+
+def hf32(x):
+    """float32 rounded to 11 bits of mantissa."""
+    return ((x.contiguous().view(torch.int32) + (1 << 11)) & ~((1 << 12) - 1)).view(torch.float32)
+
+
+def compute(func, name, args, kwargs):
+    """The result of an operation as the device's kernel gives it."""
+    if name == "gelu" and not torch_npu_module.compatible:
+        return func(*args, **kwargs | {"approximate": "tanh"})
+    cubes = {"convolution": torch_npu_module.conv, "mm": torch_npu_module.matmul, "bmm": torch_npu_module.matmul,
+             "addmm": torch_npu_module.matmul}  # fmt: skip
+    if name in cubes and cubes[name].rounds and args[0].dtype == torch.float32:
+        factors = args[1:3] if name == "addmm" else args[:2]
+        first = int(name == "addmm")
+        args = (*args[:first], *map(hf32, factors), *args[first + 2 :])
+    output = func(*args, **kwargs)
+    if FAULT == "swap" and name == "convolution" and args[3] == [2]:
+        output = output.flip(0)
+    if KERNEL_ERROR and name in ("native_layer_norm", "layer_norm", "scaled_dot_product_attention"):
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        error = KERNEL_ERROR * torch.sin(1e5 * first.float())  # the same for the same values, as a kernel's is
+        first = (first.float() * (1 + error)).to(first.dtype)
+        output = (first, *rest) if isinstance(output, tuple) else first
+    return output
 
 
 class NpuTensor(torch.Tensor):
@@ -56,7 +124,7 @@ class NpuTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor, index: int):
         if inner.nbytes > MAX_BYTES:
-            raise RuntimeError(f"NPU out of memory. Tried to allocate {inner.nbytes / 2**20:.2f} MiB (NPU {index})")
+            raise RuntimeError(OOM)
         return torch.Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
             device=torch.device("npu", index), requires_grad=False,
@@ -86,6 +154,13 @@ def unwrap(value):
     return value.inner if isinstance(value, NpuTensor) else value
 
 
+def each(function, value):
+    """A value with the function done to what is in its lists and tuples; torch's tree_map would take most of the time."""
+    if type(value) in (list, tuple):
+        return type(value)([each(function, item) for item in value])
+    return function(value)
+
+
 def dispatch(func, args, kwargs):
     """Run one operation on the CPU tensors inside, and wrap its results."""
     # In inference mode composite operations arrive whole; a real device sees their parts.
@@ -96,7 +171,8 @@ def dispatch(func, args, kwargs):
         parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
-    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
+    tensors = []
+    each(lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None, (*args, *kwargs.values()))
     ours = [tensor for tensor in tensors if isinstance(tensor, NpuTensor)]
     copies = name in ("_to_copy", "copy_", "_copy_from")
     if ours and not copies and any(t.dim() > 0 and not isinstance(t, NpuTensor) for t in tensors):
@@ -106,28 +182,41 @@ def dispatch(func, args, kwargs):
         )
     if len({tensor.device for tensor in ours}) > 1 and not copies:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found several NPUs ({name})")
+    if ours or kwargs.get("device") is not None:
+        raise_once()
     if name in ("mm", "addmm", "bmm"):
         STATS["products"] += 1
         n_late = STATS["products"] - AFTER
         if (FAULT == "lost" and n_late > 0) or (FAULT == "stumble" and n_late == 1):
             raise RuntimeError("NPU function error: aclrtSynchronizeStream, error code is 507018\n[ERROR] task abort")
+        if FAULT == "async" and n_late == 1:
+            QUEUE["error"] = (f"The Inner error is reported as above. The process exits for this inner error, and the "
+                              f"current working operator name is {name}.\nSince the operator is called asynchronously")
     device = kwargs.get("device")
     target = torch.device(device) if device is not None else (ours[0].device if ours else None)
     STATS["launches"] += name not in VIEWS
     STATS["pending"] += name not in VIEWS
-    inner_kwargs = tree_map(unwrap, kwargs)
+    inner_kwargs = {key: each(unwrap, value) for key, value in kwargs.items()}
     if device is not None:
         inner_kwargs["device"] = torch.device("cpu")
     if inner_kwargs.get("pin_memory"):
         inner_kwargs["pin_memory"] = False
-    output = func(*tree_map(unwrap, args), **inner_kwargs)
+    output = compute(func, name, each(unwrap, tuple(args)), inner_kwargs)
+    if QUEUE["dead"] and isinstance(output, torch.Tensor) and name not in VIEWS:
+        output = QUEUE["memory"].get((output.shape, output.dtype), torch.zeros_like(output)).clone()
+    elif isinstance(output, torch.Tensor):
+        QUEUE["memory"][output.shape, output.dtype] = output
     if name == "copy_":
         to_device, from_device = isinstance(args[0], NpuTensor), isinstance(args[1], NpuTensor)
         STATS["to_device"] += to_device and not from_device
+        if to_device and not from_device and not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
+            waited()
         if from_device and not to_device:
             STATS["to_host"] += 1
             waited()
         return args[0]
+    if name == "_to_copy" and not ours and not kwargs.get("non_blocking"):
+        waited()
     if name == "_local_scalar_dense" or (name == "_to_copy" and target.type == "cpu"):
         STATS["to_host"] += 1
         waited()
@@ -141,7 +230,33 @@ def dispatch(func, args, kwargs):
 
     # In inference mode a view of a tensor from outside it is no inference tensor either.
     with torch.inference_mode(torch.is_inference_mode_enabled() and not (name in VIEWS and not ours[0].is_inference())):
-        return tree_map(wrap, output)
+        return each(wrap, output)
+
+
+class Cube:
+    """torch.npu.matmul and torch.npu.conv."""
+
+    def __init__(self, allowed: bool):
+        self.allowed = allowed
+
+    @property
+    def rounds(self) -> bool:
+        return self.allowed or (FAULT == "hf32-stuck" and self is torch_npu_module.conv)
+
+    @property
+    def allow_hf32(self) -> bool:
+        return self.allowed
+
+    @allow_hf32.setter
+    def allow_hf32(self, value: bool) -> None:
+        self.allowed = value
+        if FAULT == "hf32":
+            raise RuntimeError(
+                "AclSetCompileopt:torch_npu/csrc/core/npu/register/OptionRegister.cpp:24 NPU function error: "
+                "AclSetCompileopt(aclCompileOpt::ACL_ALLOW_HF32, allow_hf32.c_str()), error code is 500001\n[ERROR] "
+                "2026-01-01-00:00:00 (PID:7, Device:0, RankID:-1) ERR00100 PTA call acl api failed\n[Error]: The "
+                "internal ACL of the system is incorrect."
+            )
 
 
 class NpuModule(types.ModuleType):
@@ -151,8 +266,9 @@ class NpuModule(types.ModuleType):
         super().__init__("torch.npu")
         self.index = 0
         self.config = types.SimpleNamespace(allow_internal_format=True)
-        self.matmul = types.SimpleNamespace(allow_hf32=False)
-        self.conv = types.SimpleNamespace(allow_hf32=True)
+        self.matmul, self.conv, self.compatible = Cube(False), Cube(True), False
+        if __version__ != "2.9.0":
+            self.use_compatible_impl = lambda is_enable: setattr(self, "compatible", is_enable)
 
     def is_available(self):
         return COUNT > 0
@@ -181,6 +297,8 @@ class NpuModule(types.ModuleType):
         waited()
 
     def get_device_name(self, device=None):
+        if device is not None and not 0 <= torch.device("npu", device).index < COUNT:
+            raise AssertionError("Invalid device id")
         return "Ascend910B4 (simulated)"
 
     def is_initialized(self):
@@ -211,6 +329,19 @@ class NpuModule(types.ModuleType):
 
     def get_amp_supported_dtype(self):
         return [torch.float16, torch.bfloat16]
+
+
+if FAULT != "no-gelu":
+
+    def npu_gelu(input, *, approximate="none"):
+        """aclnnGeluV2."""
+        if approximate not in ("none", "tanh"):
+            raise RuntimeError("NPU error, approximate argument must be either none or tanh.")
+        raise_once()
+        STATS["launches"] += 1
+        STATS["pending"] += 1
+        output = torch.ops.aten.gelu.default(input.inner, approximate=approximate)
+        return NpuTensor(output, input.device.index or 0)
 
 
 def npu_fusion_attention(*args, **kwargs):
