@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import functools
 import importlib.metadata
 import io
 import itertools
@@ -49,7 +48,6 @@ SILENCE_DBFS = -60.0  # speech is louder, the noise of a quiet 16-bit recording 
 LOUDEST_SAMPLE = 100.0  # 40 dB above full scale: floats beyond are integers written as they are, or damage
 LEVEL_WINDOW_S, LEVEL_HOP_S = 0.3, 0.01  # longer than the closure of a stop consonant or of a small tsu
 SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
-
 FAR_QUIETER = 100  # 20 dB, in power
 READ_AHEAD = 1 << 17  # bytes: more than a page of an Ogg file, or than libFLAC reads at once
 RECORDING_STARTS = {
@@ -61,7 +59,6 @@ TWO_MP3_FRAMES = 2882  # bytes at most: what libsndfile leaves unread where they
 RESCUE = "ffmpeg -i FILE x.wav saves what can be saved"
 # ffmpeg names the codec that a message is from. Those of pictures do not matter, as where a file begins mid-stream.
 PICTURE_MESSAGE = r"\[(h26|hevc|vvc|av1|libdav1d|vp\d|mpeg\d|msmpeg|mjpeg|png|gif|bmp|webp|vc1|wmv\d|flv|theora)"
-
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # characters that end a line or steer a terminal
 
 
@@ -261,8 +258,7 @@ def npu_problem(error: BaseException) -> str:
 
 
 def start_npu(index: int | None, local_rank: int) -> tuple[int, str | None]:
-    """Make npu:index ready, or that which falls to a process of torchrun: its index, and None or why it cannot be used.
-    """
+    """Make npu:index ready, or that of a process of torchrun: its index, and None or why it cannot be used."""
     import torch
 
     try:
@@ -303,9 +299,7 @@ def use_exact_gelu(torch_npu: types.ModuleType) -> None:
     gelu = torch.nn.functional.gelu
 
     def exact_gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-        if x.device.type != "npu":
-            return gelu(x, approximate=approximate)
-        return torch_npu.npu_gelu(x, approximate=approximate)
+        return (torch_npu.npu_gelu if x.device.type == "npu" else gelu)(x, approximate=approximate)
 
     torch.nn.functional.gelu = exact_gelu
 
@@ -315,17 +309,19 @@ def torchrun_place() -> tuple[int, int, int, int]:
 
     Raises SetupError where they contradict each other, whoever set them.
     """
-    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    given = {name: os.environ[name] for name in place if name in os.environ}
-    started = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun sets it; clusters set some of the others on their own
-    whole = all(text.isascii() and text.isdigit() for text in given.values())
-    numbers = {name: int(text) for name, text in given.items()} if whole else {}
-    rank, world_size, local_rank, local_world_size = (numbers.get(name, place[name]) for name in place)
-    pairs = [("RANK", rank, "WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size)]
-    if not whole or (started and len(given) < 4) or any(a in given and b in given and i >= n for a, i, b, n in pairs):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    started = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; clusters set some of the others on their own
+    try:
+        rank, size, local_rank, local_size = (int(given.get(name, 1 if "SIZE" in name else 0)) for name in names)
+        agree = (rank < size or "WORLD_SIZE" not in given) and (local_rank < local_size or len(given) < 4)
+        agree &= min(rank, local_rank) >= 0 and min(size, local_size) > 0 and (len(given) == 4 or not started)
+    except ValueError:
+        agree = False
+    if not agree:
         said = " ".join(f"{name}={text}" for name, text in given.items())
         raise SetupError(f"{said}: not what torchrun sets: unset {' '.join(given)}, or start with torchrun")
-    return (rank, world_size, local_rank, local_world_size) if started else (0, 1, 0, 1)
+    return (rank, size, local_rank, local_size) if started else (0, 1, 0, 1)
 
 
 def select_device(name: str | None) -> tuple[torch.device, str | None]:
@@ -379,14 +375,6 @@ def device_errors(device: torch.device) -> Iterator[None]:
         raise DeviceError(f"{device} failed: {first_line(error)} (see whether it still answers)") from error
 
 
-def empty_cache(device: torch.device) -> None:
-    """Let go of the memory of an accelerator that no tensor holds."""
-    import torch
-
-    if device.type != "cpu":
-        getattr(torch, device.type).empty_cache()
-
-
 def suppress_bias(generation_config, n_vocab: int) -> torch.Tensor:
     """What to add to the scores of the first token and to those of the others: (2, n_vocab) float32, 0 or -inf.
 
@@ -425,11 +413,9 @@ def download_model(name: str) -> str:
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # the network raises whatever it likes
-        raise SetupError(
-            f"cannot download the model {name}: {first_line(error)} Without access to huggingface.co set "
-            "HF_ENDPOINT=https://hf-mirror.com, name a local folder with --model, or set HF_HUB_OFFLINE=1 to use what "
-            "was downloaded before."
-        ) from error
+        remedy = "set HF_ENDPOINT=https://hf-mirror.com, name a local folder with --model, or set HF_HUB_OFFLINE=1 to "
+        problem = f"cannot download the model {name}: {first_line(error)} Without access to huggingface.co {remedy}"
+        raise SetupError(f"{problem}use what was downloaded before.") from error
 
 
 def prompt_of(model, processor, language: str, task: str) -> list[int]:
@@ -518,20 +504,13 @@ def use_cpu_kernels(model: transformers.WhisperForConditionalGeneration) -> None
     transformers.AttentionInterface.register("cpu_attention", cpu_attention)
     transformers.AttentionMaskInterface.register("cpu_attention", transformers.masking_utils.sdpa_mask)
     model.set_attn_implementation("cpu_attention")
-    # oneDNN reads weights in an order of its own, which torch has no public function for: without it a step of the
-    # decoder takes twice as long. Where these two go, so may these lines.
+    # oneDNN reads weights in an order of its own, for which torch has no public function: without these two, a step of
+    # the decoder takes a third longer. Where they go, so may these lines.
+    pack, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 1)
-            module.weight = torch.nn.Parameter(packed, requires_grad=False)
-            module.forward = functools.partial(cpu_linear, module)
-
-
-def cpu_linear(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T + bias, for a packed weight: (..., n_in) to (..., n_out)."""
-    import torch
-
-    return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "none")
+            module.weight = torch.nn.Parameter(pack(module.weight.detach(), 1), requires_grad=False)
+            module.forward = lambda x, m=module: linear(x, m.weight, m.bias, "none", [], "none")
 
 
 def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
@@ -640,10 +619,8 @@ def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
     except soundfile.LibsndfileError as error:
         start, reason = None, error.error_string.rstrip(".")
     if start is None and shutil.which("ffmpeg") is None:
-        raise AudioError(
-            f"not audio that libsndfile reads ({reason}); for m4a, mp4, webm and others put the ffmpeg program on the "
-            "PATH"
-        )
+        remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
+        raise AudioError(f"not audio that libsndfile reads ({reason}); {remedy}")
     for rate, block in ffmpeg_blocks(path, read_s) if start is None else ():
         read_s += len(block) / rate
         yield rate, block
@@ -932,9 +909,7 @@ def decode(
     return rows, scores
 
 
-def generate(
-    recognizer: Recognizer, features: list[torch.Tensor], max_new_tokens: int
-) -> tuple[list[list[int]], list[list[float]]]:
+def generate(recognizer: Recognizer, features: list[torch.Tensor], max_new_tokens: int) -> tuple[list, list]:
     """What decode gives for a batch of features. Raises DeviceError."""
     import torch
 

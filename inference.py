@@ -296,14 +296,14 @@ def ahead(items: Iterable, n: int) -> Iterator:
 
 
 def batches(chunks: Iterable[tuple], batch_size: int) -> Iterator[list[tuple]]:
-    """Chunks as read_files yields them, in lists with batch_size to decode among them."""
+    """Chunks as read_files yields them, in lists with batch_size to decode among them; a file ends with its last."""
     batch, n_features = [], 0
     for chunk in chunks:
-        batch.append(chunk)
-        n_features += chunk[2] is not None
-        if n_features == batch_size:
+        if chunk[2] is not None and n_features == batch_size:
             yield batch
             batch, n_features = [], 0
+        batch.append(chunk)
+        n_features += chunk[2] is not None
     yield batch
 
 
@@ -312,6 +312,8 @@ def recognize(recognizer: common.Recognizer, batch: list[tuple], max_new_tokens:
 
     Raises DeviceError.
     """
+    import torch
+
     features, token_ids = [features for *_, features in batch], []
     while len(token_ids) < len(features):
         part = features[len(token_ids) : len(token_ids) + batch_size]
@@ -322,7 +324,8 @@ def recognize(recognizer: common.Recognizer, batch: list[tuple], max_new_tokens:
             if len(part) == 1:
                 raise
         batch_size = len(part) // 2
-        common.empty_cache(recognizer.model.device)  # here, where no error holds the tensors
+        if recognizer.model.device.type != "cpu":
+            getattr(torch, recognizer.model.device.type).empty_cache()  # here, where no error holds the tensors
     for (transcript, segment, _), ids in zip(batch, token_ids, strict=True):
         text = recognizer.tokenizer.decode(ids, skip_special_tokens=True)
         segment.text = re.sub(common.CONTROL, " ", text).strip()

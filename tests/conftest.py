@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs a process on each core
 import numpy as np
 import pytest
 import soundfile

@@ -78,6 +78,16 @@ def test_torchrun_transcribes_every_file_once(corpus, tmp_path, device):
         assert (tmp_path / "out" / f"{name}.txt").read_text() == f"{text}\n"
 
 
+@needs_fake
+def test_several_processes_share_an_npu(corpus, tmp_path):
+    folder, texts = corpus
+    environment = {"PYTHONPATH": str(FAKE_NPU), "FAKE_NPU_COUNT": "2"}
+    result = torchrun("--audio", folder, "-o", tmp_path, n_processes=3, **environment)
+    assert result.returncode == 0, result.stderr
+    assert [re.search(r"on (\S+) in", lines_of(result, rank)[0])[1] for rank in range(3)] == ["npu:0", "npu:1", "npu:0"]
+    assert len(list(tmp_path.rglob("*.txt"))) == len(texts)
+
+
 def test_a_failed_file_fails_the_run_but_ends_no_other_process(corpus, tmp_path):
     """torchrun ends all processes as soon as one has failed: here the one that has nothing but a bad file."""
     folder, texts = corpus

@@ -155,7 +155,7 @@ def unwrap(value):
 
 
 def each(function, value):
-    """A value with the function done to what is in its lists and tuples; torch's tree_map would take most of the time."""
+    """A value with the function done to what is in its lists and tuples; torch's tree_map takes most of the time."""
     if type(value) in (list, tuple):
         return type(value)([each(function, item) for item in value])
     return function(value)
@@ -209,13 +209,14 @@ def dispatch(func, args, kwargs):
     if name == "copy_":
         to_device, from_device = isinstance(args[0], NpuTensor), isinstance(args[1], NpuTensor)
         STATS["to_device"] += to_device and not from_device
-        if to_device and not from_device and not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
+        blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+        if to_device and not from_device and blocking and args[0].numel():  # an empty copy returns at once
             waited()
         if from_device and not to_device:
             STATS["to_host"] += 1
             waited()
         return args[0]
-    if name == "_to_copy" and not ours and not kwargs.get("non_blocking"):
+    if name == "_to_copy" and not ours and not kwargs.get("non_blocking") and output.numel():
         waited()
     if name == "_local_scalar_dense" or (name == "_to_copy" and target.type == "cpu"):
         STATS["to_host"] += 1
