@@ -376,10 +376,9 @@ def device_errors(device: torch.device) -> Iterator[None]:
 
 
 def suppress_bias(generation_config, n_vocab: int) -> torch.Tensor:
-    """What to add to the scores of the first token and to those of the others: (2, n_vocab) float32, 0 or -inf.
+    """What to add to the logits of the first token and to those of the others: (2, n_vocab) float32, 0 or -inf.
 
-    It takes the place of two logits processors of transformers, which compute torch.isin over the whole vocabulary at
-    every token, for which an NPU sorts it on its host. The token ids are the same.
+    It stands for two logits processors of transformers, for which an NPU sorts the vocabulary at every token.
     """
     import torch
 
@@ -647,9 +646,6 @@ class Part(io.RawIOBase):
         base = {os.SEEK_SET: self.start, os.SEEK_CUR: self.file.tell(), os.SEEK_END: self.end}[whence]
         return self.file.seek(max(self.start, base + offset)) - self.start
 
-    def tell(self) -> int:
-        return self.file.tell() - self.start
-
     def readinto(self, buffer) -> int:
         return self.file.readinto(memoryview(buffer)[: max(0, self.end - self.file.tell())])
 
@@ -695,8 +691,7 @@ def sound_blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
             n_read += len(block)
             yield block
     except soundfile.LibsndfileError as error:
-        reason = error.error_string.rstrip(".")
-        raise AudioError(f"damaged after {n_read / sound.samplerate:.0f} s: {reason}") from error
+        raise AudioError(f"damaged after {n_read / sound.samplerate:.0f} s: {error.error_string}") from error
 
 
 def mono_blocks(blocks: Iterable[np.ndarray], rate: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -856,16 +851,12 @@ def encode(model: transformers.WhisperForConditionalGeneration, features: torch.
     """
     import torch
 
-    clamped, n_rows = [], 1 if model.device.type == "cpu" else len(features)  # a CPU computes out of its caches
-
-    def look(layer_norm, inputs: tuple[torch.Tensor]) -> None:
-        clamped.append(inputs[0].abs().amax((1, 2)) >= CLAMPED_FLOAT16)
-
-    with model.model.encoder.layer_norm.register_forward_pre_hook(look):
-        encoded = torch.cat([model.model.encoder(rows).last_hidden_state for rows in features.split(n_rows)])
-    if model.dtype != torch.float16:
-        return encoded
-    return encoded.masked_fill(torch.cat(clamped)[:, None, None], float("nan"))
+    encoder, peaks = model.model.encoder, []
+    n_rows = 1 if model.device.type == "cpu" else len(features)  # a CPU computes out of its caches
+    with encoder.layer_norm.register_forward_pre_hook(lambda _, inputs: peaks.append(inputs[0].abs().amax((1, 2)))):
+        encoded = torch.cat([encoder(rows).last_hidden_state for rows in features.split(n_rows)])
+    clamped = torch.cat(peaks) >= (CLAMPED_FLOAT16 if model.dtype == torch.float16 else math.inf)
+    return encoded.masked_fill(clamped[:, None, None], math.nan)
 
 
 def decode(
