@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
+# Where torch_npu is installed and CANN is not, a plain `import torch` fails; start_npu imports it with care.
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 MODEL = "kotoba-tech/kotoba-whisper-v2.0"
 SAMPLING_RATE, WINDOW_S = 16_000, 30  # of every Whisper, Hz and s
 CHUNK_LENGTH_S = 15  # what the model's authors use
@@ -330,8 +332,6 @@ def select_device(name: str | None) -> tuple[torch.device, str | None]:
     Under torchrun each process of a machine has a device of its own, and its part of the CPU's threads.
     To be called before transformers is imported. Raises SetupError where the named device cannot be used.
     """
-    # Where torch_npu is installed and CANN is not, a plain `import torch` fails; start_npu imports it with care.
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     import torch
 
     _, _, local_rank, n_processes = torchrun_place()

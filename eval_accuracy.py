@@ -200,9 +200,19 @@ def forward(recognizer: common.Recognizer, rows: list, tokens: list[int]) -> dic
         return {"encoder": encoder.float().cpu().numpy(), "logits": logits.float().cpu().numpy()}
 
 
+def cache_error(recognizer: common.Recognizer, features, tokens: list[int], scores: list[float]) -> float:
+    """cache of FORMULAS: how far the scores of free decoding are from the logits of a forward, which has no cache."""
+    logits = forward(recognizer, [features], tokens)["logits"]
+    return float(np.abs(logits[np.arange(len(tokens)), tokens] - scores).max() / (logits.max() - logits.min()))
+
+
 def compare_float32(recognizer: common.Recognizer, clip: Clip, features, reference: dict) -> dict[str, np.ndarray]:
-    """Compare the candidate in float32; what it computed."""
+    """Compare the candidate in float32, and at the last position its cache; what it computed."""
     arrays = forward(recognizer, [features], clip.tokens)
+    if clip.utterance is None:
+        [decoded] = decode(recognizer, clip, [features], 0)
+        if not (error := cache_error(recognizer, features, *decoded)) < FLOAT32_LIMIT:
+            clip.faults.append(f"cache in float32 {error:.3g} is not below {FLOAT32_LIMIT:g}")
     clip.overall["float32_relative"] = compare_whole(reference["logits"], arrays["logits"])["relative"]
     clip.overall["float32_encoder"] = compare_whole(reference["encoder"], arrays["encoder"])["relative"]
     return arrays
@@ -244,13 +254,9 @@ def measure_candidate(recognizer: common.Recognizer, clip: Clip, features, refer
             decoded += decode(recognizer, clip, batch * n_pairs, args.max_new_tokens)[1::2]
         clip.overall["cache"] = 0.0
         for tokens, scores in decoded:
-            own = first
             if tokens != clip.tokens:
                 compare_decoding(recognizer, clip, tokens, reference["logits"], args.threshold)
-                own = forward(recognizer, [features], tokens)
-            chosen = own["logits"][np.arange(len(tokens)), tokens]
-            error = float(np.abs(chosen - scores).max() / (own["logits"].max() - own["logits"].min()))
-            clip.overall["cache"] = max(clip.overall["cache"], error)
+            clip.overall["cache"] = max(clip.overall["cache"], cache_error(recognizer, features, tokens, scores))
     except common.NotFiniteError as error:
         clip.faults.append(str(error))
     if not np.isfinite(list(clip.overall.values())).all():

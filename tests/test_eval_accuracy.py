@@ -287,7 +287,7 @@ CAUGHT = {
     "nan_in_one_logit": "NaN or infinite values",
     "encoder_off_by_one_frame": "encoder ",  # the decoder does not mind the order of the frames
     "cache_off_by_one": "cache ",
-    "cache_wrong_beyond_256": "cache ",
+    "cache_wrong_beyond_256": "cache in float32 ",
     "wrong_suppress_list": "the candidate suppresses other tokens",
     "rows_swapped": "repeat ",
     "wrong_in_batches_of_16": "cache ",

@@ -274,3 +274,12 @@ def test_the_real_torch_npu_without_cann(hello, real_torch_npu):
     default = infer("--audio", hello, path=real_torch_npu)
     assert (default.returncode, default.stdout) == (0, "こんにちは\n")
     assert "running on the CPU, not on an NPU: torch_npu cannot be loaded" in default.stderr
+    quick = ["--model", MODEL, "--device", "cpu", "--warmup", "1", "--runs", "1", "--max-new-tokens", "9"]
+    speed = run("eval_performance.py", *quick, environment={"PYTHONPATH": real_torch_npu})
+    assert (speed.returncode, speed.stderr) == (0, "")
+    environment = {"PYTHONPATH": real_torch_npu, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "inference.py"]
+    command += ["--audio", hello, "--model", MODEL, "--device", "cpu", "-o", os.path.dirname(hello)]
+    several = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+                             capture_output=True, text=True)  # fmt: skip
+    assert several.returncode == 0 and "1 file, 0 failed" in several.stderr
