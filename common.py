@@ -51,7 +51,8 @@ LOUDEST_SAMPLE = 100.0  # 40 dB above full scale: floats beyond are integers wri
 LEVEL_WINDOW_S, LEVEL_HOP_S = 0.3, 0.01  # longer than the closure of a stop consonant or of a small tsu
 SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
 FAR_QUIETER = 100  # 20 dB, in power
-READ_AHEAD = 1 << 17  # bytes: more than a page of an Ogg file, or than libFLAC reads at once
+READ_AHEAD = 1 << 20  # bytes: more than a page of an Ogg file, than libFLAC reads at once, or than a picture in a tag
+OTHER_STARTS = rb"((?:RIFF|RIFX|RF64)....WAVE|FORM....AIF|[.]snd\x00\x00|caff\x00\x01|fLaC\x00\x00\x00\x22)"
 RECORDING_STARTS = {
     "OGG": rb"OggS\x00[\x00\x01\x04\x05].*?(OggS\x00\x02)",
     "FLAC": rb"(fLaC\x00\x00\x00\x22)",
@@ -77,11 +78,11 @@ class OutOfMemoryError(DeviceError):
 
 
 class NotFiniteError(DeviceError):
-    """The model computed NaN or infinity, of which no text can be made."""
+    """The model computed NaN or infinity."""
 
 
 class AudioError(Exception):
-    """One file cannot be transcribed; the message is one line for the user."""
+    """One file cannot be read; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,6 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     """An argparse type: an int or a float from low to high."""
 
     def parse(text: str) -> float:
-        """The number; raises argparse.ArgumentTypeError."""
         try:
             if low <= (value := kind(text)) <= high:
                 return value
@@ -205,12 +205,11 @@ def check_outputs(option: str, folder: str, outputs: Iterable[str], inputs: Iter
         raise SetupError(f"{option} {folder}: no permission to write in this folder")
 
 
-def check_report(path: str | None, inputs: Iterable[str]) -> None:
+def check_report(path: str, inputs: Iterable[str]) -> None:
     """Raise SetupError where the file of --json cannot be written, or is one of the inputs."""
-    if path and os.path.exists(path) and not os.path.isfile(path):
+    if os.path.exists(path) and not os.path.isfile(path):
         raise SetupError(f"--json {path}: not a regular file")
-    if path:
-        check_outputs("--json", os.path.dirname(path) or ".", [path], inputs)
+    check_outputs("--json", os.path.dirname(path) or ".", [path], inputs)
 
 
 def write_whole(path: str, content: str) -> None:
@@ -259,7 +258,7 @@ def npu_problem(error: BaseException) -> str:
     return f"({first_line(error)}): {remedy}"
 
 
-def start_npu(index: int | None, local_rank: int) -> tuple[int, str | None]:
+def start_npu(index: int | None, local_rank: int) -> tuple[int | None, str | None]:
     """Make npu:index ready, or that of a process of torchrun: its index, and None or why it cannot be used."""
     import torch
 
@@ -285,7 +284,7 @@ def start_npu(index: int | None, local_rank: int) -> tuple[int, str | None]:
         torch.zeros(1, device=f"npu:{index}")  # a busy NPU counts as available until it is used
         torch.npu.synchronize()
     except (RuntimeError, AssertionError) as error:
-        return index, f"npu:{index} does not start {npu_problem(error)}"
+        return index, f"npu:{index or 0} does not start {npu_problem(error)}"
     if hasattr(torch_npu, "npu_gelu"):
         use_exact_gelu(torch_npu)
     return index, None
@@ -321,6 +320,7 @@ def torchrun_place() -> tuple[int, int, int, int]:
     except ValueError:
         agree = False
     if not agree:
+        given |= {"TORCHELASTIC_RUN_ID": os.environ["TORCHELASTIC_RUN_ID"]} if started else {}
         said = " ".join(f"{name}={text}" for name, text in given.items())
         raise SetupError(f"{said}: not what torchrun sets: unset {' '.join(given)}, or start with torchrun")
     return (rank, size, local_rank, local_size) if started else (0, 1, 0, 1)
@@ -329,8 +329,8 @@ def torchrun_place() -> tuple[int, int, int, int]:
 def select_device(name: str | None) -> tuple[torch.device, str | None]:
     """The named device; without a name the NPU, else the CPU and a warning that says why not the NPU.
 
-    Under torchrun each process of a machine has a device of its own, and its part of the CPU's threads.
-    To be called before transformers is imported. Raises SetupError where the named device cannot be used.
+    Under torchrun the processes of a machine share its devices evenly, and the CPU's threads. To be called before
+    transformers is imported. Raises SetupError where the named device cannot be used.
     """
     import torch
 
@@ -462,7 +462,7 @@ def load_model(
         kind = transformers.WhisperConfig.get_config_dict(folder)[0].get("model_type")
         if kind != "whisper":
             raise ValueError(f"a model of type {kind}, not whisper")
-        languages = getattr(transformers.GenerationConfig.from_pretrained(folder), "lang_to_id", {})
+        languages = getattr(transformers.GenerationConfig.from_pretrained(folder), "lang_to_id", None) or {}
         if f"<|{language}|>" not in languages:
             known = " ".join(sorted(token.strip("<|>") for token in languages)) or "none (it is not multilingual)"
             raise SetupError(f"--language {language}: not a language of {name}, which knows {known}")
@@ -470,8 +470,9 @@ def load_model(
         model, report = transformers.WhisperForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
         )
-        if bad := [*report["missing_keys"], *report["mismatched_keys"]]:
-            raise ValueError(f"{len(bad)} weights are missing or of another shape, among them {bad[0]}")
+        extra = [key for key in report["unexpected_keys"] if ".layers." in key]
+        if bad := [*report["missing_keys"], *report["mismatched_keys"], *extra]:
+            raise ValueError(f"{len(bad)} weights are missing, too many or of another shape, among them {bad[0]}")
         prompt = torch.tensor(prompt_of(model, processor, language, task))
         bias = suppress_bias(model.generation_config, model.config.vocab_size)
     except SetupError:
@@ -613,6 +614,8 @@ def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
                         read_s += len(block) / rate
                         yield rate, block
                     start = end if end < size else next_recording(file, start, sound)
+        if read_s == 0:  # also where a recorder has not written the length
+            start, reason = None, "0 samples"
     except OSError as error:
         raise AudioError(error.strerror or first_line(error)) from error
     except soundfile.LibsndfileError as error:
@@ -620,11 +623,8 @@ def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
     if start is None and shutil.which("ffmpeg") is None:
         remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
         raise AudioError(f"not audio that libsndfile reads ({reason}); {remedy}")
-    for rate, block in ffmpeg_blocks(path, read_s) if start is None else ():
-        read_s += len(block) / rate
-        yield rate, block
-    if read_s == 0:
-        raise AudioError("no audio in it (0 samples)")
+    if start is None:
+        yield from ffmpeg_blocks(path, read_s)
 
 
 class Stream(soundfile.SoundFile):
@@ -651,32 +651,31 @@ class Part(io.RawIOBase):
 
 
 def riff_end(file: io.FileIO, start: int, size: int) -> int:
-    """Where the recording at start ends: at size or, in a WAV file, before the next one, which libsndfile chokes on."""
+    """Where the recording at start ends: at size or, in WAV and AIFF, before the next, which libsndfile chokes on."""
     header = os.pread(file.fileno(), 8, start)
-    end = start + 8 + int.from_bytes(header[4:], "little")
-    return end if header[:4] == b"RIFF" and os.pread(file.fileno(), 4, end) == b"RIFF" else size
+    end = start + 8 + int.from_bytes(header[4:], "little" if header[:4] == b"RIFF" else "big")
+    return end if header[:4] in (b"RIFF", b"RIFX", b"FORM") and os.pread(file.fileno(), 4, end) == header[:4] else size
 
 
 def next_recording(file: io.FileIO, start: int, sound: soundfile.SoundFile) -> int | None:
     """Where the next recording begins in a file of which libsndfile has read the one at start; the file's size if none.
 
     libsndfile stops after the frames that the head of an MP3 file promises and, but for what it reads ahead, at the end
-    of an Ogg stream or of a FLAC file. None where it may have stopped early: it guesses the length of an MP3 file
+    of the first recording of another format. None where it may have stopped early: it guesses the length of an MP3 file
     without such a head from the first bit rates, and then gives less than it has decoded.
     """
-    position, size = file.tell(), os.fstat(file.fileno()).st_size
-    first, last = max(start + 1, position - READ_AHEAD), position + READ_AHEAD
-    if sound.format == "MP3":
-        first, last = position, position + TWO_MP3_FRAMES
-    data = os.pread(file.fileno(), last - first, first)
-    if sound.format in RECORDING_STARTS and (found := re.search(RECORDING_STARTS[sound.format], data, re.DOTALL)):
-        return first + found.start(1)
-    if sound.format != "MP3" or data.startswith((b"TAG", b"APETAGEX", b"LYRICSBEGIN")):
-        return size
+    position, size, is_mp3 = file.tell(), os.fstat(file.fileno()).st_size, sound.format == "MP3"
     tag = os.pread(file.fileno(), 10, start)  # 28 bits of it are its length
-    tag_length = 10 + sum(tag[9 - i] << 7 * i for i in range(4)) if tag[:3] == b"ID3" else 0
-    promised = re.search(b"Xing|Info", os.pread(file.fileno(), 64, start + tag_length))
-    if promised:
+    begin = start + (10 + sum(tag[9 - i] << 7 * i for i in range(4)) if tag[:3] == b"ID3" else 0)
+    tagged = is_mp3 and os.pread(file.fileno(), 8, position).startswith((b"TAG", b"APETAGEX", b"LYRICSBE"))
+    first = position if is_mp3 else max(begin + 1, position - READ_AHEAD)
+    last = position + (TWO_MP3_FRAMES if is_mp3 and not tagged else READ_AHEAD)
+    data = os.pread(file.fileno(), last - first, first)
+    if found := re.search(RECORDING_STARTS.get(sound.format, OTHER_STARTS), data, re.DOTALL):
+        return first + found.start(1)
+    if not is_mp3 or tagged:
+        return size
+    if re.search(b"Xing|Info", os.pread(file.fileno(), 64, begin)):
         return size if last >= size else None
     return None if sound.tell() >= sound.frames and (data or shutil.which("ffmpeg")) else size
 
@@ -690,6 +689,8 @@ def sound_blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
                 break
             n_read += len(block)
             yield block
+        if sound.format == "OGG" and n_read < sound.frames:  # libsndfile passes over a hole
+            raise AudioError(f"damaged: {n_read / sound.frames:.1%} of it can be read; {RESCUE}")
     except soundfile.LibsndfileError as error:
         raise AudioError(f"damaged after {n_read / sound.samplerate:.0f} s: {error.error_string}") from error
 
@@ -706,8 +707,9 @@ def mono_blocks(blocks: Iterable[np.ndarray], rate: int) -> Iterator[tuple[int, 
             wrong = loud if loudest < np.inf else "NaN or infinite samples"
             raise AudioError(f"{wrong} in the second after {n_read / rate:.0f} s")
         n_read += len(block)
-        mix, power = block.mean(axis=1), np.var(block, axis=0)
-        yield rate, mix if np.var(mix) >= power.max() / FAR_QUIETER else block[:, power.argmax()]
+        mix, slopes = block.mean(axis=1), np.diff(block, axis=0, prepend=block[:1])  # in which speech outdoes a hum
+        power, loudest = np.square(slopes.mean(axis=1)).mean(), np.square(slopes).mean(axis=0)
+        yield rate, mix if power >= loudest.max() / FAR_QUIETER else block[:, loudest.argmax()]
 
 def ffmpeg_blocks(path: str, skipped_s: float) -> Iterator[tuple[int, np.ndarray]]:
     """The samples of whatever ffmpeg reads, as read_blocks gives them, from skipped_s seconds on.
@@ -847,7 +849,7 @@ def extract_features(extractor: transformers.WhisperFeatureExtractor, waveform: 
 def encode(model: transformers.WhisperForConditionalGeneration, features: torch.Tensor) -> torch.Tensor:
     """The encoder's output for input_features on its device, (batch, n_positions, d_model).
 
-    A row is NaN where a layer overflowed in float16, which transformers hides: it clamps the layer's output.
+    A row is NaN where float16 overflowed on the way to the last layer: transformers clamps what overflows.
     """
     import torch
 

@@ -308,7 +308,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the arguments say; the exit status. Raises SetupError."""
-    common.check_report(args.json, args.audio)
+    if args.json:
+        common.check_report(args.json, args.audio)
     started = time.perf_counter()
     import torch
 

@@ -67,7 +67,8 @@ class Transcript:
 
 def program() -> str:
     """What messages begin with: the name of the script and, where there are several processes, which it is."""
-    return f"inference.py, rank {os.environ.get('RANK')}" if "TORCHELASTIC_RUN_ID" in os.environ else "inference.py"
+    under_torchrun = {"TORCHELASTIC_RUN_ID", "RANK"} <= {*os.environ}
+    return f"inference.py, rank {os.environ['RANK']}" if under_torchrun else "inference.py"
 
 
 # --- Options, inputs and outputs ---
@@ -78,7 +79,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="exit status: 0 every file was transcribed; 1 some were not; 2 wrong options, or a device or model that "
-        "cannot be used or that fails on the way; 130 interrupted",
+        "cannot be used or that fails on the way; 130 interrupted; 141 the reader of stdout has gone",
     )
     add = parser.add_argument
     add("--audio", nargs="+", action="extend", required=True, metavar="PATH",
@@ -94,8 +95,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=common.number(int, 1), metavar="N",
         help="chunks decoded together, across files too (default: 16, on a CPU 8)")  # fmt: skip
     add("--output-dir", "-o", metavar="DIR", help="write files there (default: write to stdout)")
-    add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt", help="(default: %(default)s)")
-    add("--skip-existing", action="store_true", help="skip the files whose outputs are all there")
+    add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt",
+        help="of the transcripts; all, and srt, vtt and tsv of several files, need --output-dir (default: %(default)s)")
+    add("--skip-existing", action="store_true", help="skip the files whose outputs are all in --output-dir")
     return parser.parse_args(argv)
 
 
@@ -222,7 +224,7 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
     line += f", {totals['skipped']} skipped" if totals["skipped"] else ""
     if model is None:
         return line
-    rtf = f", RTF {taken_s:.1f} / {audio_s:.1f} = {taken_s / audio_s:.3f}" if audio_s else ""
+    rtf = f", RTF {taken_s:.2f} / {audio_s:.2f} = {taken_s / audio_s:.3f}" if audio_s else ""
     return (
         f"{line}; {audio_s:.1f} s of audio in {taken_s:.1f} s{rtf} (and {load_s:.1f} s to load) on {model.device} in "
         f"{str(model.dtype)[6:]}; chunks: {totals['segments']} decoded, {totals['silent']} silent, {totals['cut']} cut "
@@ -418,7 +420,7 @@ def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool
             stopped = error
     notice(closing_line(totals, loaded - started, time.perf_counter() - loaded, recognizer.model))
     if stopped:
-        notice(f"error: {stopped}; files not reached: {n_left} (--skip-existing goes on with them)")
+        notice(f"error: {stopped}; files not reached: {n_left} (--output-dir and --skip-existing go on with them)")
     return stopped is None
 
 
@@ -461,12 +463,13 @@ def open_store():
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     try:
         store = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=STORE_TIMEOUT_S))
+        n_processes = store.add(f"{STORE_KEY} rank {rank}", 1)
     except (RuntimeError, ValueError) as error:
         raise common.SetupError(
             f"torchrun's store at {address}:{port} does not answer ({common.first_line(error)}): unset what an earlier "
             "torchrun left in the environment, or start with torchrun"
         ) from error
-    if (n_processes := store.add(f"{STORE_KEY} rank {rank}", 1)) > 1:
+    if n_processes > 1:
         raise common.SetupError(f"{n_processes} processes have RANK={rank}: start each with torchrun")
     return store
 
@@ -477,13 +480,15 @@ def shared_status(store, status: int, bound_s: float) -> int:
     torchrun ends the others as soon as one fails, and its store with the first machine: so all wait for each other,
     but no longer than bound_s seconds.
     """
-    store.add(f"{STORE_KEY} status {status}", 1)
-    if store.add(f"{STORE_KEY} ended", 1) == common.torchrun_place()[1]:
-        worst = next((s for s in (2, 141, 1) if store.add(f"{STORE_KEY} status {s}", 0)), 0)
-        store.set(f"{STORE_KEY} status", str(worst))
-    store.set_timeout(timedelta(seconds=bound_s))
     try:
+        store.add(f"{STORE_KEY} status {status}", 1)
+        if store.add(f"{STORE_KEY} ended", 1) == common.torchrun_place()[1]:
+            worst = next((s for s in (2, 141, 1) if store.add(f"{STORE_KEY} status {s}", 0)), 0)
+            store.set(f"{STORE_KEY} status", str(worst))
+        store.set_timeout(timedelta(seconds=bound_s))
         return int(store.get(f"{STORE_KEY} status"))
+    except KeyboardInterrupt:
+        return 130
     except RuntimeError as error:
         notice(f"error: the other processes do not end ({common.first_line(error)})")
         return status or 1

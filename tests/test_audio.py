@@ -293,7 +293,8 @@ def joined(folder: Path, extension: str, rates=(44_100, 44_100, 44_100), **optio
 
 
 @pytest.mark.parametrize("extension, options", [("mp3", {}), ("flac", {}), ("ogg", {}), ("wav", {}),
-    ("opus", {"format": "OGG", "subtype": "OPUS"})])  # fmt: skip
+    ("opus", {"format": "OGG", "subtype": "OPUS"}), ("aiff", {}), ("au", {}), ("caf", {}),
+    ("rf64", {"format": "RF64"})])  # fmt: skip
 def test_joined_recordings_are_read_to_the_end(tmp_path, monkeypatch, extension, options):
     monkeypatch.setenv("PATH", "")  # no ffmpeg
     rates = (48_000,) * 3 if extension == "opus" else (44_100,) * 3
@@ -342,6 +343,48 @@ def test_joined_recordings_may_differ_in_sampling_rate(tmp_path, monkeypatch, tr
     assert "".join(s.text for s in transcript.segments) == "こんにちは" * 3 + "さようなら" + "なにぬねの" * 2
     seconds = sum(len(part) / rate for part, rate in zip(parts, (16_000, 44_100, 22_050), strict=True))
     assert transcript.duration == pytest.approx(seconds, abs=0.2)
+
+
+@pytest.mark.parametrize("between", [b"\0", bytes(4096), b"odd"])
+def test_joined_wav_files_with_something_in_between(tmp_path, transcribe, between):
+    texts = ("こんにちは", "さようなら")
+    parts = [Path(write(tmp_path / f"{i}.wav", synthesize(text))) for i, text in enumerate(texts)]
+    (tmp_path / "joined.wav").write_bytes(between.join(part.read_bytes() for part in parts))
+    [transcript] = transcribe(str(tmp_path / "joined.wav"))
+    assert "".join(s.text for s in transcript.segments) == "こんにちはさようなら"
+
+
+@pytest.mark.parametrize("extension", ["flac", "mp3"])
+def test_a_tag_before_a_recording_is_not_one(tmp_path, extension):
+    """FLAC files have it too, from programs that do not know better."""
+    path = Path(write(tmp_path / f"a.{extension}", synthesize("こんにちは")))
+    expected, tag = samples_of(path)[1], b"ID3\3\0\0\0\0\1\0" + bytes(128)
+    for n in (1, 2):
+        (tmp_path / f"tagged.{extension}").write_bytes(n * (tag + path.read_bytes()))
+        assert np.array_equal(samples_of(tmp_path / f"tagged.{extension}")[1], np.tile(expected, n))
+
+
+def test_a_recorder_that_was_stopped_before_it_wrote_the_length(tmp_path, ffmpeg):
+    path = Path(write(tmp_path / "a.wav", synthesize("こんにちは")))
+    data = bytearray(path.read_bytes())
+    data[4:8] = data[40:44] = bytes(4)
+    (tmp_path / "b.wav").write_bytes(data)
+    assert errors_of(tmp_path / "b.wav").endswith("; ffmpeg -i FILE x.wav saves what can be saved")
+
+
+def test_a_hole_in_an_ogg_file_is_damage(tmp_path):
+    path = Path(write(tmp_path / "a.ogg", synthesize("こんにちは" * 5)))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 600] = bytes(600)
+    path.write_bytes(data)
+    assert errors_of(path).startswith("damaged")
+
+
+def test_antiphase_under_a_hum(tmp_path, transcribe):
+    speech = synthesize("こんにちは")
+    hum = 0.3 * np.sin(2 * np.pi * 50 * np.arange(len(speech)) / RATE)
+    [transcript] = transcribe(write(tmp_path / "a.wav", 0.5 * np.stack([speech + hum, hum - speech], 1)))
+    assert [s.text for s in transcript.segments] == ["こんにちは"]
 
 
 def test_a_tag_at_the_end_of_an_mp3_is_no_recording(tmp_path):

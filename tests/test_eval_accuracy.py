@@ -290,6 +290,8 @@ CAUGHT = {
     "cache_wrong_beyond_256": "cache in float32 ",
     "wrong_suppress_list": "the candidate suppresses other tokens",
     "rows_swapped": "repeat ",
+    "even_rows_wrong": "repeat ",
+    "nan_in_batches": "NaN or infinite values",
     "wrong_in_batches_of_16": "cache ",
     "second_window_wrong": "repeat ",
     "stale_results": "repeat ",

@@ -114,7 +114,7 @@ def test_one_file_prints_its_text_and_nothing_else(audio, infer):
     status, out, err = infer("--audio", audio / "hello.wav")
     assert (status, out) == (0, "こんにちは\n")
     assert re.fullmatch(
-        r"inference\.py: 1 file, 0 failed; 2\.1 s of audio in [\d.]+ s, RTF [\d.]+ / 2\.1 = [\d.]+ \(and [\d.]+ s to "
+        r"inference\.py: 1 file, 0 failed; 2\.1 s of audio in [\d.]+ s, RTF [\d.]+ / 2\.10 = [\d.]+ \(and [\d.]+ s to "
         r"load\) on cpu in float32; chunks: 1 decoded, 0 silent, 0 cut at the token limit, 0 looping\n", err
     )  # fmt: skip
 

@@ -128,7 +128,7 @@ def test_a_device_that_fails_ends_the_run(three, fault, n_products):
     failed, closing, error = result.stderr.splitlines()
     assert f"{three[n_done]}: npu:0 failed: NPU function error: aclrtSynchronizeStream, error code is 507018" in failed
     assert f"{n_done + 1} file" in closing and "1 failed" in closing
-    assert "error: npu:0 failed: " in error and f"files not reached: {2 - n_done} (--skip-existing" in error
+    assert "error: npu:0 failed: " in error and f"files not reached: {2 - n_done} (--output-dir and" in error
 
 
 @needs_fake

@@ -106,6 +106,22 @@ def rows_swapped(model):
     model.model.encoder.register_forward_hook(swap)
 
 
+def even_rows_wrong(model):
+    def spoil(module, inputs, output):
+        if len(output.last_hidden_state) > 1:
+            output.last_hidden_state[::2] = output.last_hidden_state[::2].flip(1)
+        return output
+
+    model.model.encoder.register_forward_hook(spoil)
+
+
+def nan_in_batches(model):
+    def spoil(module, inputs, output):
+        return output * float("nan") if len(output) == 2 else output
+
+    model.proj_out.register_forward_hook(spoil)
+
+
 def wrong_in_batches_of_16(model):
     def spoil(module, inputs, output):
         return output * 1.5 if len(output) == 16 else output
@@ -198,9 +214,10 @@ def kernels_with_an_error_of_1e_5(model):
 
 
 FAULTS = [wrong_weight, head_zeroed, head_wrong_in_the_last_layer, bias_dropped, layer_norm_epsilon,
-          layer_norm_epsilon_small, float16_noise, nan_in_one_logit, encoder_off_by_one_frame, cache_off_by_one,
-          cache_wrong_beyond_256, "wrong_suppress_list", rows_swapped, wrong_in_batches_of_16, second_window_wrong,
-          stale_results, stale_after_an_error, stale_without_an_error]  # fmt: skip
+          layer_norm_epsilon_small, float16_noise, nan_in_one_logit, nan_in_batches, encoder_off_by_one_frame,
+          cache_off_by_one, cache_wrong_beyond_256, "wrong_suppress_list", rows_swapped, even_rows_wrong,
+          wrong_in_batches_of_16, second_window_wrong, stale_results, stale_after_an_error,
+          stale_without_an_error]  # fmt: skip
 HEALTHY = [nothing, reordered_reductions, tanh_gelu_of_the_device, hf32_that_stays_on, both_of_them,
            kernels_with_an_error_of_1e_5]  # fmt: skip
 FIGURES = ("relative", "encoder", "repeat", "cache", "float32_relative", "float32_encoder")
