@@ -209,10 +209,13 @@ def compare_float32(recognizer, clip: Clip, features, reference: dict, args) -> 
     """Compare the candidate in float32, and at the last position its cache; what it computed."""
     arrays = forward(recognizer, [features], clip.tokens)
     if clip.utterance is None:
-        [(tokens, scores)] = decode(recognizer, clip, [features], args.max_new_tokens)
-        own = arrays if tokens == clip.tokens else forward(recognizer, [features], tokens)
-        if not (error := cache_error(own["logits"], tokens, scores)) < FLOAT32_LIMIT:
-            clip.faults.append(f"cache in float32 {error:.3g} is not below {FLOAT32_LIMIT:g}")
+        try:
+            [(tokens, scores)] = decode(recognizer, clip, [features], args.max_new_tokens)
+            own = arrays if tokens == clip.tokens else forward(recognizer, [features], tokens)
+            if not (error := cache_error(own["logits"], tokens, scores)) < FLOAT32_LIMIT:
+                clip.faults.append(f"cache in float32 {error:.3g} is not below {FLOAT32_LIMIT:g}")
+        except common.NotFiniteError as error:
+            clip.faults.append(str(error))
     clip.overall["float32_relative"] = compare_whole(reference["logits"], arrays["logits"])["relative"]
     clip.overall["float32_encoder"] = compare_whole(reference["encoder"], arrays["encoder"])["relative"]
     return arrays
