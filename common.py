@@ -708,8 +708,8 @@ def mono_blocks(blocks: Iterable[np.ndarray], rate: int) -> Iterator[tuple[int, 
             raise AudioError(f"{wrong} in the second after {n_read / rate:.0f} s")
         n_read += len(block)
         mix, slopes = block.mean(axis=1), np.diff(block, axis=0, prepend=block[:1])  # in which speech outdoes a hum
-        power, loudest = np.square(slopes.mean(axis=1)).mean(), np.square(slopes).mean(axis=0)
-        yield rate, mix if power >= loudest.max() / FAR_QUIETER else block[:, loudest.argmax()]
+        mix_power, powers = np.square(slopes.mean(axis=1)).mean(), np.square(slopes).mean(axis=0)
+        yield rate, mix if mix_power >= powers.max() / FAR_QUIETER else block[:, powers.argmax()]
 
 def ffmpeg_blocks(path: str, skipped_s: float) -> Iterator[tuple[int, np.ndarray]]:
     """The samples of whatever ffmpeg reads, as read_blocks gives them, from skipped_s seconds on.

@@ -145,6 +145,7 @@ def hf32_convolutions(model) -> Iterator[None]:
     import torch
 
     def hf32(x: torch.Tensor) -> torch.Tensor:
+        """float32 rounded to 11 bits of mantissa."""
         return ((x.contiguous().view(torch.int32) + (1 << 11)) & ~((1 << 12) - 1)).view(torch.float32)
 
     convolutions = [model.model.encoder.conv1, model.model.encoder.conv2]
@@ -318,6 +319,7 @@ def measure(
                         yield clip, torch.from_numpy(arrays["features"]), dict(arrays)
 
         def save(clip: Clip, features: torch.Tensor, kind: str, arrays: dict[str, np.ndarray]) -> None:
+            """Keep the arrays of one kind for a clip."""
             np.savez(f"{folder}/{clips.index(clip)}-{kind}.npz", features=features.numpy(), **arrays)
 
         def refer(clip: Clip, features: torch.Tensor) -> None:

@@ -499,6 +499,7 @@ def main(argv: list[str] | None = None) -> int:
     args, started, store = parse_arguments(argv), time.monotonic(), None
 
     def run_in_store(args: argparse.Namespace) -> int:
+        """Run the command once the other processes of torchrun are known."""
         nonlocal store
         store = open_store()
         return run(args)

@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 import torch
+from random_model import byte_symbols
 from tone_speech import KANA, SLOT_S, tone
 from transformers import (
     AddedToken,
@@ -39,13 +40,6 @@ PHASES = [
     (2900, 1.5e-3, 5e-5, True, [(5, 24, 1, 11), (15, 12, 1, 36), (15, 12, 12, 36), (15, 12, 1, 36), (30, 6, 1, 40)]),
     (2600, 1e-3, 1e-5, False, [(15, 12, 1, 28), (15, 12, 10, 28), (15, 12, 1, 34), (30, 6, 1, 30)]),
 ]
-
-
-def byte_symbols() -> list[str]:
-    """GPT-2's printable stand-in for each of the 256 bytes, by byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def make_tokenizer() -> WhisperTokenizerFast:
