@@ -1,16 +1,10 @@
-"""What the three scripts share: the device, the model, the audio, and from these the transcript.
+"""What the three scripts share, in the order of the data: the device, the model, the audio, and recognition.
 
-    path -> waveform -> chunks -> input_features -> token_ids -> segments
-
-torch, transformers and librosa take seconds to import, so the functions that need them import them: a usage error
-is answered before.
+    path -> waveform -> chunks -> input_features -> token_ids
 """
-from __future__ import annotations
-
 import argparse
 import atexit
 import contextlib
-import importlib.metadata
 import io
 import itertools
 import json
@@ -27,18 +21,15 @@ import tempfile
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    import torch
-    import transformers
-
 # Where torch_npu is installed and CANN is not, a plain `import torch` fails; start_npu imports it with care.
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+import torch
+
 MODEL = "kotoba-tech/kotoba-whisper-v2.0"
 SAMPLING_RATE, WINDOW_S = 16_000, 30  # of every Whisper, Hz and s
 CHUNK_LENGTH_S = 15  # what the model's authors use
@@ -52,12 +43,11 @@ LEVEL_WINDOW_S, LEVEL_HOP_S = 0.3, 0.01  # longer than the closure of a stop con
 SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
 FAR_QUIETER = 100  # 20 dB, in power
 READ_AHEAD = 1 << 20  # bytes: more than a page of an Ogg file, than libFLAC reads at once, or than a picture in a tag
-OTHER_STARTS = rb"((?:RIFF|RIFX|RF64)....WAVE|FORM....AIF|[.]snd\x00\x00|caff\x00\x01|fLaC\x00\x00\x00\x22)"
 RECORDING_STARTS = {
     "OGG": rb"OggS\x00[\x00\x01\x04\x05].*?(OggS\x00\x02)",
-    "FLAC": rb"(fLaC\x00\x00\x00\x22)",
     "MP3": rb"(ID3[\x02-\x04]\x00|\xff[\xe0-\xff]..(?:.{9}|.{17}|.{32})(?:Xing|Info))",
 }
+OTHER_STARTS = rb"((?:RIFF|RIFX|RF64)....WAVE|FORM....AIF|[.]snd\x00\x00|caff\x00\x01|fLaC\x00\x00\x00\x22)"
 TWO_MP3_FRAMES = 2882  # bytes at most: what libsndfile leaves unread where they are all padding
 RESCUE = "ffmpeg -i FILE x.wav saves what can be saved"
 # ffmpeg names the codec that a message is from. Those of pictures do not matter, as where a file begins mid-stream.
@@ -70,48 +60,29 @@ class SetupError(Exception):
 
 
 class DeviceError(SetupError):
-    """What was asked of the device failed."""
+    """What was asked of the device failed, or the model computed NaN on it."""
 
 
 class OutOfMemoryError(DeviceError):
     """It did not fit the device's memory; a smaller batch may."""
 
 
-class NotFiniteError(DeviceError):
-    """The model computed NaN or infinity."""
-
-
 class AudioError(Exception):
     """One file cannot be read; the message is one line for the user."""
-
-
-@dataclass(frozen=True)
-class Recognizer:
-    """A model on its device, its feature extractor and tokenizer, and there too its prompt and its suppress_bias.
-
-    prompt: (PROMPT_LENGTH,) int64, bias: (2, n_vocab) float32.
-    """
-
-    model: transformers.WhisperForConditionalGeneration
-    extractor: transformers.WhisperFeatureExtractor
-    tokenizer: transformers.WhisperTokenizerFast
-    prompt: torch.Tensor
-    bias: torch.Tensor
 
 
 # --- Options ---
 
 
-def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: an int or a float from low to high."""
 
     def parse(text: str) -> float:
-        try:
+        """The number that the text is."""
+        with contextlib.suppress(ValueError):
             if low <= (value := kind(text)) <= high:
                 return value
-        except ValueError:
-            pass
-        limits = f"from {low} to {high}" if high < float("inf") else f"of at least {low}"
+        limits = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {limits}")
 
     return parse
@@ -137,7 +108,39 @@ def add_model_options(add: Callable) -> None:
 # --- Running and writing ---
 
 
-def exit_status(program: str, run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(message: str) -> str:
+    """A message with escapes for the line breaks and other control characters that a file's name may have."""
+    return re.sub(CONTROL, lambda match: repr(match[0])[1:-1], message)
+
+
+def notice(message: str) -> None:
+    """One line on stderr, above the progress bar; in one piece, for other processes may write there too."""
+    try:
+        tqdm.write(one_line(message) + "\n", file=sys.stderr, end="")
+    except OSError:  # a full disk: the results matter more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def write_stdout(text: str) -> None:
+    """Write results. Raises BrokenPipeError where the reader has gone, as head does, and SetupError."""
+    if sys.stdout is None:
+        raise SetupError("cannot write to stdout: it is closed")
+    try:
+        tqdm.write(text, end="")
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at exit
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise SetupError(f"cannot write to stdout: {error.strerror}") from error
+
+
+def run_script(program: str, run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a script; its exit status, after one line on stderr where the run ended early."""
     while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # else files opened later would take a closed stream's place
         pass
@@ -155,38 +158,6 @@ def exit_status(program: str, run: Callable[[argparse.Namespace], int], args: ar
         message, status = "interrupted", 130
     notice(f"{program}: {message}")
     return status
-
-
-def one_line(message: str) -> str:
-    """A message with escapes for the line breaks and other control characters that a file's name may have."""
-    return re.sub(CONTROL, lambda match: repr(match[0])[1:-1], message)
-
-
-def notice(message: str) -> None:
-    """One line on stderr, above the progress bar; in one piece, for other processes may write there too."""
-    try:
-        tqdm.write(one_line(message) + "\n", file=sys.stderr, end="")
-    except OSError:  # a full disk: the results matter more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
-def to_json(value: object, indent: int | None = None) -> str:
-    """JSON that is UTF-8 even where a file's name is not: the name's odd bytes become escapes of lone surrogates."""
-    return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "backslashreplace").decode()
-
-
-def write_stdout(text: str) -> None:
-    """Write results. Raises BrokenPipeError where the reader has gone, as head does, and SetupError."""
-    if sys.stdout is None:
-        raise SetupError("cannot write to stdout: it is closed")
-    try:
-        tqdm.write(text, end="")
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at exit
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise SetupError(f"cannot write to stdout: {error.strerror}") from error
 
 
 def check_outputs(option: str, folder: str, outputs: Iterable[str], inputs: Iterable[str]) -> None:
@@ -210,6 +181,11 @@ def check_report(path: str, inputs: Iterable[str]) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         raise SetupError(f"--json {path}: not a regular file")
     check_outputs("--json", os.path.dirname(path) or ".", [path], inputs)
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON that is UTF-8 even where a file's name is not: the name's odd bytes become escapes of lone surrogates."""
+    return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "backslashreplace").decode()
 
 
 def write_whole(path: str, content: str) -> None:
@@ -237,16 +213,11 @@ def write_report(path: str, report: dict) -> None:
         raise SetupError(f"--json {path}: {error.strerror}") from error
 
 
-# --- Device and model ---
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+# --- Device ---
 
 
 def npu_problem(error: BaseException) -> str:
-    """Why an NPU does not start, and what to do about it: the same trouble shows at several places."""
+    """What an NPU says that does not start, and what to do: the same trouble shows at the import or at any call."""
     scripts = [f"/usr/local/Ascend/{name}/set_env.sh" for name in ("cann", "ascend-toolkit")]
     there = [script for script in scripts if os.path.exists(script)]
     source = there[0] if there else f"{scripts[0]} (CANN 8.5 and later) or {scripts[1]} (before)"
@@ -260,8 +231,6 @@ def npu_problem(error: BaseException) -> str:
 
 def start_npu(index: int | None, local_rank: int) -> tuple[int | None, str | None]:
     """Make npu:index ready, or that of a process of torchrun: its index, and None or why it cannot be used."""
-    import torch
-
     try:
         import torch_npu  # adds torch.npu
     except Exception as error:  # torch_npu raises that too, where CANN is there in part
@@ -295,46 +264,21 @@ def use_exact_gelu(torch_npu: types.ModuleType) -> None:
 
     transformers calls it by this name after the convolutions, and keeps it in each layer of a model loaded later.
     """
-    import torch
-
     gelu = torch.nn.functional.gelu
 
     def exact_gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+        """F.gelu, of any shape."""
         return (torch_npu.npu_gelu if x.device.type == "npu" else gelu)(x, approximate=approximate)
 
     torch.nn.functional.gelu = exact_gelu
 
 
-def torchrun_place() -> tuple[int, int, int, int]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of torchrun; 0, 1, 0, 1 in a process that it did not start.
-
-    Raises SetupError where they contradict each other, whoever set them.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    started = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; clusters set some of the others on their own
-    try:
-        rank, size, local_rank, local_size = (int(given.get(name, 1 if "SIZE" in name else 0)) for name in names)
-        agree = (rank < size or "WORLD_SIZE" not in given) and (local_rank < local_size or len(given) < 4)
-        agree &= min(rank, local_rank) >= 0 and min(size, local_size) > 0 and (len(given) == 4 or not started)
-    except ValueError:
-        agree = False
-    if not agree:
-        given |= {"TORCHELASTIC_RUN_ID": os.environ["TORCHELASTIC_RUN_ID"]} if started else {}
-        said = " ".join(f"{name}={text}" for name, text in given.items())
-        raise SetupError(f"{said}: not what torchrun sets: unset {' '.join(given)}, or start with torchrun")
-    return (rank, size, local_rank, local_size) if started else (0, 1, 0, 1)
-
-
-def select_device(name: str | None) -> tuple[torch.device, str | None]:
+def select_device(name: str | None, local_rank: int = 0, n_processes: int = 1) -> tuple[torch.device, str | None]:
     """The named device; without a name the NPU, else the CPU and a warning that says why not the NPU.
 
-    Under torchrun the processes of a machine share its devices evenly, and the CPU's threads. To be called before
-    transformers is imported. Raises SetupError where the named device cannot be used.
+    The n_processes of a machine share its devices evenly, and the CPU's threads; this one is the local_rank-th. To be
+    called before transformers is imported. Raises SetupError where the named device cannot be used.
     """
-    import torch
-
-    _, _, local_rank, n_processes = torchrun_place()
     if n_processes > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // n_processes))
     kind, _, index = (name or "npu").partition(":")
@@ -354,14 +298,18 @@ def select_device(name: str | None) -> tuple[torch.device, str | None]:
 
 def select_dtype(name: str, device: torch.device) -> torch.dtype:
     """The named dtype; auto is the fastest that computes well on the device."""
-    import torch
-
     if name != "auto":
         return getattr(torch, name)
     if device.type != "cpu":
         return torch.float16
+    # There is no public way to ask; where these names go, /proc/cpuinfo knows it too.
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def default_batch_size(device: torch.device) -> int:
+    """How many chunks are decoded together: on an accelerator they share the launches of each token."""
+    return 8 if device.type == "cpu" else 16
 
 
 @contextlib.contextmanager
@@ -375,23 +323,50 @@ def device_errors(device: torch.device) -> Iterator[None]:
         raise DeviceError(f"{device} failed: {first_line(error)} (see whether it still answers)") from error
 
 
-def suppress_bias(generation_config, n_vocab: int) -> torch.Tensor:
-    """What to add to the logits of the first token and to those of the others: (2, n_vocab) float32, 0 or -inf.
+def environment(device: torch.device) -> dict[str, object]:
+    """The versions, the device and the settings that a measurement depends on."""
+    import transformers
 
-    It stands for two logits processors of transformers, for which an NPU sorts the vocabulary at every token.
+    name, report = platform.machine(), {"torch_npu": None, "cann": None, "allow_hf32": None}
+    if device.type != "cpu":
+        name = getattr(torch, device.type).get_device_name(device.index)
+    elif os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    if device.type == "npu":
+        torch_npu = sys.modules["torch_npu"]
+        report["torch_npu"] = torch_npu.__version__
+        report["allow_hf32"] = {"matmul": torch.npu.matmul.allow_hf32, "conv": torch.npu.conv.allow_hf32}
+        with contextlib.suppress(AttributeError):
+            report["cann"] = torch_npu.npu.utils.get_cann_version()
+    return report | {
+        "device": str(device), "device_name": name, "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+        "cpus": len(os.sched_getaffinity(0)),
+    }  # fmt: skip
+
+
+# --- Model ---
+
+
+@dataclass(frozen=True)
+class Recognizer:
+    """A Whisper model on its device, its WhisperFeatureExtractor and tokenizer, and on the device too what never
+    changes: prompt, (PROMPT_LENGTH,) int64, and bias, what suppress_bias gives.
     """
-    import torch
 
-    bias = torch.zeros(2, n_vocab)
-    bias[:, generation_config.suppress_tokens or []] = -float("inf")
-    bias[0, generation_config.begin_suppress_tokens or []] = -float("inf")
-    # generate would make processors of them, and takes them from here even where it is passed a config without.
-    generation_config.suppress_tokens = generation_config.begin_suppress_tokens = None
-    return bias
+    model: torch.nn.Module
+    extractor: Callable
+    tokenizer: Callable
+    prompt: torch.Tensor
+    bias: torch.Tensor
 
 
 def import_transformers() -> types.ModuleType:
-    """transformers, with what is used of it, and without scikit-learn and SciPy: seconds of importing for nothing."""
+    """transformers, with what is used of it, and without scikit-learn and SciPy: seconds of importing for nothing.
+
+    It takes seconds all the same, and it imports torch_npu where select_device has not.
+    """
     import transformers.utils.import_utils
 
     # There is no public way to have it do without; where these names go, importing only takes longer.
@@ -417,12 +392,22 @@ def download_model(name: str) -> str:
         raise SetupError(f"{problem}use what was downloaded before.") from error
 
 
-def prompt_of(model, processor, language: str, task: str) -> list[int]:
-    """The PROMPT_LENGTH token ids that every decoding begins with.
+def suppress_bias(generation, n_vocab: int) -> torch.Tensor:
+    """What to add to the logits of the first token and to those of the others: (2, n_vocab) float32, 0 or -inf.
+
+    It stands for two logits processors of transformers, for which an NPU sorts the vocabulary at every token.
+    """
+    bias = torch.zeros(2, n_vocab)
+    bias[:, generation.suppress_tokens or []] = -math.inf
+    bias[0, generation.begin_suppress_tokens or []] = -math.inf
+    return bias
+
+
+def prompt_of(config, generation, processor, language: str, task: str) -> torch.Tensor:
+    """The token ids that every decoding begins with: (PROMPT_LENGTH,) int64.
 
     Raises ValueError where these, or the other parts of a model folder, do not fit each other.
     """
-    config, generation, extractor = model.config, model.generation_config, processor.feature_extractor
     for name in ("decoder_start_token_id", "task_to_id", "no_timestamps_token_id"):
         if getattr(generation, name, None) is None:
             raise ValueError(f"generation_config.json has no {name}")
@@ -432,19 +417,19 @@ def prompt_of(model, processor, language: str, task: str) -> list[int]:
     prompt = [generation.decoder_start_token_id, language_id, task_id, generation.no_timestamps_token_id]
     tokens = ["<|startoftranscript|>", f"<|{language}|>", f"<|{task}|>", "<|notimestamps|>"]
     suppressed = [*(generation.suppress_tokens or []), *(generation.begin_suppress_tokens or [])]
-    token_ids = [*prompt, *suppressed, processor.tokenizer.eos_token_id]
+    largest, extractor = max(*prompt, *suppressed, processor.tokenizer.eos_token_id), processor.feature_extractor
     for what, value, expected in [
         ("mel bins of the feature extractor", extractor.feature_size, config.num_mel_bins),
         ("sampling rate of the feature extractor", extractor.sampling_rate, SAMPLING_RATE),
         ("window of the feature extractor", extractor.n_samples, WINDOW_S * SAMPLING_RATE),
         ("frames of the feature extractor", extractor.nb_max_frames, 2 * config.max_source_positions),
         ("positions of the decoder", config.max_target_positions, MAX_NEW_TOKENS + PROMPT_LENGTH),
-        ("tokens in the vocabulary", config.vocab_size, max(config.vocab_size, 1 + max(token_ids))),
+        ("tokens in the vocabulary", config.vocab_size, max(config.vocab_size, 1 + largest)),
         ("tokens of the prompt", processor.tokenizer.convert_ids_to_tokens(prompt), tokens),
     ]:
         if value != expected:
             raise ValueError(f"{what}: {value}, not {expected}")
-    return prompt
+    return torch.tensor(prompt)
 
 
 def load_model(
@@ -454,27 +439,26 @@ def load_model(
 
     Raises SetupError where it cannot be loaded whole, does not know the language, or does not fit the device.
     """
-    import torch
-
     transformers = import_transformers()
     folder = name if os.path.isdir(name) else download_model(name)
     try:
-        kind = transformers.WhisperConfig.get_config_dict(folder)[0].get("model_type")
-        if kind != "whisper":
-            raise ValueError(f"a model of type {kind}, not whisper")
-        languages = getattr(transformers.GenerationConfig.from_pretrained(folder), "lang_to_id", None) or {}
+        config = transformers.AutoConfig.from_pretrained(folder)
+        if config.model_type != "whisper":
+            raise ValueError(f"a model of type {config.model_type}, not whisper")
+        generation = transformers.GenerationConfig.from_pretrained(folder)
+        languages = getattr(generation, "lang_to_id", None) or {}
         if f"<|{language}|>" not in languages:
             known = " ".join(sorted(token.strip("<|>") for token in languages)) or "none (it is not multilingual)"
             raise SetupError(f"--language {language}: not a language of {name}, which knows {known}")
         processor = transformers.WhisperProcessor.from_pretrained(folder)
+        prompt = prompt_of(config, generation, processor, language, task)
+        bias = suppress_bias(generation, config.vocab_size)
         model, report = transformers.WhisperForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
         )
         extra = [key for key in report["unexpected_keys"] if ".layers." in key]
         if bad := [*report["missing_keys"], *report["mismatched_keys"], *extra]:
             raise ValueError(f"{len(bad)} weights are missing, too many or of another shape, among them {bad[0]}")
-        prompt = torch.tensor(prompt_of(model, processor, language, task))
-        bias = suppress_bias(model.generation_config, model.config.vocab_size)
     except SetupError:
         raise
     except Exception as error:  # broken files raise OSError, ValueError, KeyError, SafetensorError and others
@@ -487,8 +471,6 @@ def move(recognizer: Recognizer, device: torch.device, dtype: torch.dtype) -> Re
 
     In bfloat16 on a CPU it is arranged for that, and not to be moved again.
     """
-    import torch
-
     with device_errors(device):
         model = recognizer.model.to(device, dtype)
         if device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -496,9 +478,15 @@ def move(recognizer: Recognizer, device: torch.device, dtype: torch.dtype) -> Re
         return replace(recognizer, model=model, prompt=recognizer.prompt.to(device), bias=recognizer.bias.to(device))
 
 
-def use_cpu_kernels(model: transformers.WhisperForConditionalGeneration) -> None:
+def endless(recognizer: Recognizer) -> Recognizer:
+    """The same one, which never chooses the end of the text: it decodes to the limit, whatever the model finds."""
+    bias = recognizer.bias.clone()
+    bias[:, recognizer.tokenizer.eos_token_id] = -math.inf
+    return replace(recognizer, bias=bias)
+
+
+def use_cpu_kernels(model: torch.nn.Module) -> None:
     """Give a model in bfloat16 on a CPU, which is not moved any more, cpu_attention and packed weights."""
-    import torch
     import transformers
 
     transformers.AttentionInterface.register("cpu_attention", cpu_attention)
@@ -520,7 +508,6 @@ def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple
     and vector in float32; a whole window goes one head at a time, so that its scores stay in the cache: they are
     rounded to bfloat16, which its other roundings outweigh.
     """
-    import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     n_query, n_key = query.shape[2], key.shape[2]
@@ -540,43 +527,7 @@ def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple
     return context, None
 
 
-def arrange_cross_attention(cache: transformers.EncoderDecoderCache) -> None:
-    """Lay out the keys and values of the encoder's output as cpu_attention reads them fastest, once for all tokens."""
-    for layer in cache.cross_attention_cache.layers:
-        layer.keys = layer.keys.float()
-        layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)
-
-
-def default_batch_size(device: torch.device) -> int:
-    """How many chunks are decoded together: on an accelerator they share the launches of each token."""
-    return 8 if device.type == "cpu" else 16
-
-
-def environment(device: torch.device) -> dict[str, object]:
-    """The versions, the device and the settings that a measurement depends on."""
-    import torch
-    import transformers
-
-    name, report = platform.machine(), {"torch_npu": None, "cann": None, "allow_hf32": None}
-    if device.type != "cpu":
-        name = getattr(torch, device.type).get_device_name(device.index)
-    elif os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
-    if device.type == "npu":
-        report["allow_hf32"] = {"matmul": torch.npu.matmul.allow_hf32, "conv": torch.npu.conv.allow_hf32}
-        with contextlib.suppress(AttributeError):
-            report["cann"] = sys.modules["torch_npu"].npu.utils.get_cann_version()
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        report["torch_npu"] = importlib.metadata.version("torch-npu")
-    return report | {
-        "device": str(device), "device_name": name, "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-        "cpus": len(os.sched_getaffinity(0)),
-    }  # fmt: skip
-
-
-# --- Audio ---
+# --- Audio: path -> chunks ---
 
 
 def sweep() -> np.ndarray:
@@ -595,44 +546,17 @@ def check_file(path: str) -> None:
         raise AudioError("no permission to read it")
 
 
-def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of an audio file, mixed down, second by second: (sampling rate in Hz, (n,) float32), at least once.
+def mix_down(block: np.ndarray) -> np.ndarray:
+    """The mean of all channels, (n, n_channels) to (n,) float32. Raises AudioError for what is no audio.
 
-    Recordings joined to one file, as by cat, are read one after the other. What libsndfile cannot read goes through
-    the ffmpeg program. Raises AudioError.
+    Where it is far quieter than a channel, because channels cancel out or most are silent, it is that channel.
     """
-    check_file(path)
-    start, size, read_s, reason = 0, os.path.getsize(path), 0.0, "it goes on after what libsndfile reads"
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while start is not None and start < size:
-                end = riff_end(file, start, size)
-                # By descriptor: given a name, soundfile takes x.raw for audio without a header.
-                part = file.fileno() if (start, end) == (0, size) else Part(file, start, end)
-                with Stream(part, closefd=False) as sound:
-                    for rate, block in mono_blocks(sound_blocks(sound), sound.samplerate):
-                        read_s += len(block) / rate
-                        yield rate, block
-                    start = end if end < size else next_recording(file, start, sound)
-        if read_s == 0:  # also where a recorder has not written the length
-            start, reason = None, "0 samples"
-    except OSError as error:
-        raise AudioError(error.strerror or first_line(error)) from error
-    except soundfile.LibsndfileError as error:
-        start, reason = None, error.error_string.rstrip(".")
-    if start is None and shutil.which("ffmpeg") is None:
-        remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
-        raise AudioError(f"not audio that libsndfile reads ({reason}); {remedy}")
-    if start is None:
-        yield from ffmpeg_blocks(path, read_s)
-
-
-class Stream(soundfile.SoundFile):
-    """A sound file read from its beginning to its end."""
-
-    def seekable(self) -> bool:
-        """False: else soundfile seeks after every read to where it is, after which an MP3 decoder errs for 40 ms."""
-        return False
+    if not (loudest := np.abs(block).max()) <= LOUDEST_SAMPLE:
+        is_number = loudest < np.inf
+        raise AudioError(f"samples of {loudest:g} where 1 is full scale" if is_number else "NaN or infinite samples")
+    slopes = np.diff(block, axis=0, prepend=block[:1])  # in which speech outdoes a hum
+    mix_power, powers = np.square(slopes.mean(axis=1)).mean(), np.square(slopes).mean(axis=0)
+    return block.mean(axis=1) if mix_power >= powers.max() / FAR_QUIETER else block[:, powers.argmax()]
 
 
 class Part(io.RawIOBase):
@@ -643,11 +567,36 @@ class Part(io.RawIOBase):
         self.seek(0)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As any file's."""
         base = {os.SEEK_SET: self.start, os.SEEK_CUR: self.file.tell(), os.SEEK_END: self.end}[whence]
         return self.file.seek(max(self.start, base + offset)) - self.start
 
     def readinto(self, buffer) -> int:
+        """As any file's."""
         return self.file.readinto(memoryview(buffer)[: max(0, self.end - self.file.tell())])
+
+
+class Stream(soundfile.SoundFile):
+    """A sound file read from its beginning to its end."""
+
+    def seekable(self) -> bool:
+        """False: else soundfile seeks after every read to where it is, after which an MP3 decoder errs for 40 ms."""
+        return False
+
+
+def sound_blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """The samples of an open file, second by second: (n, n_channels) float32. Raises AudioError."""
+    n_read, limit = 0, sound.frames if sound.format == "FLAC" else math.inf  # in FLAC it would read on into the next
+    try:
+        while n := min(sound.samplerate, 1 << 20, limit - n_read):
+            if not len(block := sound.read(n, dtype="float32", always_2d=True)):
+                break
+            n_read += len(block)
+            yield block
+        if sound.format == "OGG" and n_read < sound.frames:  # libsndfile passes over a hole
+            raise AudioError(f"damaged: {n_read / sound.frames:.1%} of it can be read; {RESCUE}")
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"damaged after {n_read / sound.samplerate:.0f} s: {error.error_string}") from error
 
 
 def riff_end(file: io.FileIO, start: int, size: int) -> int:
@@ -680,36 +629,16 @@ def next_recording(file: io.FileIO, start: int, sound: soundfile.SoundFile) -> i
     return None if sound.tell() >= sound.frames and (data or shutil.which("ffmpeg")) else size
 
 
-def sound_blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """The samples of an open file, second by second: (n, n_channels) float32. Raises AudioError."""
-    n_read, limit = 0, sound.frames if sound.format == "FLAC" else math.inf  # in FLAC it would read on into the next
-    try:
-        while n := min(sound.samplerate, 1 << 20, limit - n_read):
-            if not len(block := sound.read(n, dtype="float32", always_2d=True)):
-                break
-            n_read += len(block)
-            yield block
-        if sound.format == "OGG" and n_read < sound.frames:  # libsndfile passes over a hole
-            raise AudioError(f"damaged: {n_read / sound.frames:.1%} of it can be read; {RESCUE}")
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"damaged after {n_read / sound.samplerate:.0f} s: {error.error_string}") from error
+def ffmpeg_error(messages: bytes, status: int = 1) -> AudioError | None:
+    """What is wrong with the sound according to ffmpeg, which ends with status 0 after some damage; None if nothing."""
+    lines = [line for line in messages.decode(errors="replace").splitlines() if not re.match(PICTURE_MESSAGE, line)]
+    if any("matches no streams" in line for line in lines):
+        return AudioError("no sound in it, only a picture")
+    if not lines and status == 0:
+        return None
+    reason = re.sub(r"^(\[[^]]*\] )+", "", lines[0]) if lines else "ffmpeg does not say why"
+    return AudioError(f"damaged, or not audio ({reason}); {RESCUE}")
 
-
-def mono_blocks(blocks: Iterable[np.ndarray], rate: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Blocks of (n, n_channels), mixed down, as read_blocks gives them. Raises AudioError for what is no audio.
-
-    Where the mix is far quieter than a channel, because channels cancel out or most are silent, it is that channel.
-    """
-    n_read = 0
-    for block in blocks:
-        if not (loudest := np.abs(block).max()) <= LOUDEST_SAMPLE:
-            loud = f"samples of {loudest:g} where 1 is full scale"
-            wrong = loud if loudest < np.inf else "NaN or infinite samples"
-            raise AudioError(f"{wrong} in the second after {n_read / rate:.0f} s")
-        n_read += len(block)
-        mix, slopes = block.mean(axis=1), np.diff(block, axis=0, prepend=block[:1])  # in which speech outdoes a hum
-        mix_power, powers = np.square(slopes.mean(axis=1)).mean(), np.square(slopes).mean(axis=0)
-        yield rate, mix if mix_power >= powers.max() / FAR_QUIETER else block[:, powers.argmax()]
 
 def ffmpeg_blocks(path: str, skipped_s: float) -> Iterator[tuple[int, np.ndarray]]:
     """The samples of whatever ffmpeg reads, as read_blocks gives them, from skipped_s seconds on.
@@ -734,9 +663,8 @@ def ffmpeg_blocks(path: str, skipped_s: float) -> Iterator[tuple[int, np.ndarray
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process,
     ):
         try:
-            n_bytes = 4 * n_channels * min(rate, 1 << 20)
-            data = iter(lambda: process.stdout.read(n_bytes), b"")
-            yield from mono_blocks((np.frombuffer(block, "<f4").reshape(-1, n_channels) for block in data), rate)
+            while block := process.stdout.read(4 * n_channels * min(rate, 1 << 20)):
+                yield rate, mix_down(np.frombuffer(block, "<f4").reshape(-1, n_channels))
             process.wait()
         finally:
             process.kill()
@@ -745,18 +673,37 @@ def ffmpeg_blocks(path: str, skipped_s: float) -> Iterator[tuple[int, np.ndarray
             raise error
 
 
-def ffmpeg_error(messages: bytes, status: int = 1) -> AudioError | None:
-    """What is wrong with the sound according to ffmpeg, which ends with status 0 after some damage; None if nothing."""
-    lines = [line for line in messages.decode(errors="replace").splitlines() if not re.match(PICTURE_MESSAGE, line)]
-    if any("matches no streams" in line for line in lines):
-        return AudioError("no sound in it, only a picture")
-    if not lines and status == 0:
-        return None
-    reason = re.sub(r"^(\[[^]]*\] )+", "", lines[0]) if lines else "ffmpeg does not say why"
-    return AudioError(f"damaged, or not audio ({reason}); {RESCUE}")
+def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples of a file, mixed down, second by second: (sampling rate in Hz, (n,) float32), at least once.
+
+    Recordings joined to one file, as by cat, are read one after the other. What libsndfile cannot read goes through
+    the ffmpeg program. Raises AudioError.
+    """
+    check_file(path)
+    start, size, read_s, reason = 0, os.path.getsize(path), 0.0, "it goes on after what libsndfile reads"
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while start is not None and start < size:
+                end = riff_end(file, start, size)
+                with Stream(Part(file, start, end)) as sound:
+                    for block in sound_blocks(sound):
+                        read_s += len(block) / sound.samplerate
+                        yield sound.samplerate, mix_down(block)
+                    start = end if end < size else next_recording(file, start, sound)
+        if read_s == 0:  # also where a recorder has not written the length
+            start, reason = None, "0 samples"
+    except OSError as error:
+        raise AudioError(error.strerror or first_line(error)) from error
+    except soundfile.LibsndfileError as error:
+        start, reason = None, error.error_string.rstrip(".")
+    if start is None and shutil.which("ffmpeg") is None:
+        remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
+        raise AudioError(f"not audio that libsndfile reads ({reason}); {remedy}")
+    if start is None:
+        yield from ffmpeg_blocks(path, read_s)
 
 
-def levels(waveform: np.ndarray, rate: int) -> np.ndarray:
+def mean_squares(waveform: np.ndarray, rate: int) -> np.ndarray:
     """Mean square of a waveform without its offset, over LEVEL_WINDOW_S, every LEVEL_HOP_S: (n >= 1,) float64."""
     hop = min(len(waveform), max(1, round(LEVEL_HOP_S * rate)))
     frames = waveform[: len(waveform) // hop * hop].reshape(-1, hop)
@@ -768,7 +715,7 @@ def levels(waveform: np.ndarray, rate: int) -> np.ndarray:
 def quietest_cut(waveform: np.ndarray, rate: int) -> int:
     """Index of the quietest moment in the latter half of a waveform; of equally quiet ones the last."""
     half = len(waveform) // 2
-    level = levels(waveform[half:], rate)
+    level = mean_squares(waveform[half:], rate)
     quietest = len(level) - 1 - int(np.argmin(level[::-1]))
     return max(1, half + quietest * max(1, round(LEVEL_HOP_S * rate)) + round(LEVEL_WINDOW_S / 2 * rate))
 
@@ -827,7 +774,7 @@ def read_chunks(path: str, chunk_length_s: float) -> Iterator[tuple[float, float
     for rate, blocks in itertools.groupby(read_blocks(path), operator.itemgetter(0)):  # joined recordings may differ
         for first, chunk in split_at_pauses((block for _, block in blocks), rate, chunk_length_s):
             start, end = offset_s + first / rate, offset_s + (first + len(chunk)) / rate
-            if levels(chunk, rate).max() < 10 ** (SILENCE_DBFS / 10):
+            if mean_squares(chunk, rate).max() < 10 ** (SILENCE_DBFS / 10):
                 chunk = None
             elif rate != SAMPLING_RATE:
                 chunk = import_librosa().resample(chunk, orig_sr=rate, target_sr=SAMPLING_RATE)
@@ -836,29 +783,34 @@ def read_chunks(path: str, chunk_length_s: float) -> Iterator[tuple[float, float
         offset_s = end
 
 
-# --- Recognition ---
+# --- Recognition: chunks -> token ids ---
 
 
-def extract_features(extractor: transformers.WhisperFeatureExtractor, waveform: np.ndarray) -> torch.Tensor:
+def extract_features(extractor: Callable, waveform: np.ndarray) -> torch.Tensor:
     """input_features (1, n_mels, n_frames) float32 on the CPU. Raises ValueError for more than the model's window."""
-    if len(waveform) > extractor.n_samples:
-        raise ValueError(f"{len(waveform)} samples do not fit a window of {extractor.n_samples}")
+    if len(waveform) > WINDOW_S * SAMPLING_RATE:
+        raise ValueError(f"{len(waveform)} samples do not fit a window of {WINDOW_S} s")
     return extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
 
 
-def encode(model: transformers.WhisperForConditionalGeneration, features: torch.Tensor) -> torch.Tensor:
+def encode(model: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
     """The encoder's output for input_features on its device, (batch, n_positions, d_model).
 
     A row is NaN where float16 overflowed on the way to the last layer: transformers clamps what overflows.
     """
-    import torch
-
     encoder, peaks = model.model.encoder, []
     n_rows = 1 if model.device.type == "cpu" else len(features)  # a CPU computes out of its caches
     with encoder.layer_norm.register_forward_pre_hook(lambda _, inputs: peaks.append(inputs[0].abs().amax((1, 2)))):
         encoded = torch.cat([encoder(rows).last_hidden_state for rows in features.split(n_rows)])
     clamped = torch.cat(peaks) >= (CLAMPED_FLOAT16 if model.dtype == torch.float16 else math.inf)
     return encoded.masked_fill(clamped[:, None, None], math.nan)
+
+
+def arrange_cross_attention(cache) -> None:
+    """Lay out the keys and values of the encoder's output as cpu_attention reads them fastest, once for all tokens."""
+    for layer in cache.cross_attention_cache.layers:
+        layer.keys = layer.keys.float()
+        layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)
 
 
 def decode(
@@ -868,44 +820,39 @@ def decode(
     end-of-text id or the limit and without the prompt; and the score, logit plus bias, of each.
 
     The host does less for a token than in model.generate, and it waits for the device once in CHECK_EVERY tokens.
-    Raises NotFiniteError.
+    Raises DeviceError where a score is NaN or infinite.
     """
-    import torch
     from transformers import DynamicCache, EncoderDecoderCache
 
-    model, end = recognizer.model, recognizer.tokenizer.eos_token_id
+    model, end, bias = recognizer.model, recognizer.tokenizer.eos_token_id, recognizer.bias
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     token_ids = recognizer.prompt.expand(len(encoded), -1)  # a copy from the host would wait for the encoder
     positions = torch.arange(PROMPT_LENGTH + max_new_tokens, device=model.device)
-    position, bias, columns, scores = positions[:PROMPT_LENGTH], recognizer.bias[0], [], []
-    ended = torch.zeros(len(encoded), dtype=torch.bool, device=model.device)
+    position = positions[:PROMPT_LENGTH]
+    ended, chosen = torch.zeros(len(encoded), dtype=torch.bool, device=model.device), []
     for i in range(max_new_tokens):
         hidden = model.model.decoder(
             input_ids=token_ids, encoder_hidden_states=encoded, past_key_values=cache, cache_position=position
         ).last_hidden_state[:, -1]
         if i == 0 and model.config._attn_implementation == "cpu_attention":
             arrange_cross_attention(cache)
-        score, column = (model.proj_out(hidden).float() + bias).max(-1)
-        scores.append(score)
-        columns.append(column)
-        ended |= column == end
+        chosen.append((model.proj_out(hidden).float() + bias[min(i, 1)]).max(-1))
+        ended |= chosen[i].indices == end
         if (i + 1) % CHECK_EVERY == 0 and ended.all():
             break
-        token_ids, bias = column[:, None], recognizer.bias[1]
-        position = positions[PROMPT_LENGTH + i : PROMPT_LENGTH + i + 1]
-    rows, scores = torch.stack(columns, 1).tolist(), torch.stack(scores, 1).tolist()
+        token_ids, position = chosen[i].indices[:, None], positions[PROMPT_LENGTH + i : PROMPT_LENGTH + i + 1]
+    rows = torch.stack([step.indices for step in chosen], 1).tolist()
     rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
+    scores = torch.stack([step.values for step in chosen], 1).tolist()
     scores = [of_row[: len(row)] for row, of_row in zip(rows, scores, strict=True)]
     if not np.isfinite(list(itertools.chain(*scores))).all():
         remedy = "--dtype bfloat16 or float32 may hold them" if model.dtype == torch.float16 else "is the model whole?"
-        raise NotFiniteError(f"{model.device} computes NaN or infinity in {str(model.dtype)[6:]}: {remedy}")
+        raise DeviceError(f"{model.device} computes NaN or infinity in {str(model.dtype)[6:]}: {remedy}")
     return rows, scores
 
 
 def generate(recognizer: Recognizer, features: list[torch.Tensor], max_new_tokens: int) -> tuple[list, list]:
     """What decode gives for a batch of features. Raises DeviceError."""
-    import torch
-
     model = recognizer.model
     with torch.inference_mode(), device_errors(model.device):
         encoded = encode(model, torch.cat(features).to(model.device, model.dtype))

@@ -21,9 +21,8 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
-import numpy as np
-
 import common
+import numpy as np
 
 FLOAT32_LIMIT = 5e-5  # relative error in float32: see the README for what lies below and above it
 ENCODER_FACTOR = 5  # by so much the encoder's may exceed the threshold: sound bfloat16 gives 0.014 at full size
@@ -215,7 +214,7 @@ def compare_float32(recognizer, clip: Clip, features, reference: dict, args) -> 
             own = arrays if tokens == clip.tokens else forward(recognizer, [features], tokens)
             if not (error := cache_error(own["logits"], tokens, scores)) < FLOAT32_LIMIT:
                 clip.faults.append(f"cache in float32 {error:.3g} is not below {FLOAT32_LIMIT:g}")
-        except common.NotFiniteError as error:
+        except common.DeviceError as error:
             clip.faults.append(str(error))
     clip.overall["float32_relative"] = compare_whole(reference["logits"], arrays["logits"])["relative"]
     clip.overall["float32_encoder"] = compare_whole(reference["encoder"], arrays["encoder"])["relative"]
@@ -265,7 +264,7 @@ def measure_candidate(recognizer: common.Recognizer, clip: Clip, features, refer
                 own[tuple(tokens)] = forward(recognizer, [features], tokens)["logits"]
             errors.append(cache_error(own[tuple(tokens)], tokens, scores))
         clip.overall["cache"] = float(np.max(errors))
-    except common.NotFiniteError as error:
+    except common.DeviceError as error:
         clip.faults.append(str(error))
     if not np.isfinite(list(clip.overall.values())).all():
         clip.faults.append("NaN or infinite values")
@@ -500,7 +499,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
-    return common.exit_status("eval_accuracy.py", run, parse_arguments(argv))
+    return common.run_script("eval_accuracy.py", run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 
+import common
 import numpy as np
 import soundfile
-
-import common
 
 RATE = common.SAMPLING_RATE
 PAUSE_S = 0.5  # between its sweeps: where it is cut
@@ -336,7 +335,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
-    return common.exit_status("eval_performance.py", run, parse_arguments(argv))
+    return common.run_script("eval_performance.py", run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

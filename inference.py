@@ -20,10 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import common  # before torch: it sets how that is imported
 import soundfile
+import torch
 from tqdm import tqdm
-
-import common
 
 AUDIO_EXTENSIONS = (
     ".3gp", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".au", ".avi", ".caf", ".flac", ".flv", ".m4a", ".m4b", ".m4v",
@@ -251,7 +251,7 @@ def record(transcript: Transcript, totals: Counter) -> None:
 
 def progress_bar(paths: list[str], window_s: float) -> tqdm:
     """A bar in seconds of audio on a terminal of its own, where there is more than one chunk to wait for."""
-    if not sys.stderr.isatty() or common.torchrun_place()[1] > 1:
+    if not sys.stderr.isatty() or torchrun_place()[1] > 1:
         return tqdm(disable=True)
     total = None  # of several files, or of one that only ffmpeg can read
     with contextlib.suppress(soundfile.SoundFileError, TypeError, OSError), open(paths[0], "rb") as file:
@@ -314,8 +314,6 @@ def recognize(recognizer: common.Recognizer, batch: list[tuple], max_new_tokens:
 
     Raises DeviceError.
     """
-    import torch
-
     features, token_ids = [features for *_, features in batch], []
     while len(token_ids) < len(features):
         part = features[len(token_ids) : len(token_ids) + batch_size]
@@ -375,6 +373,27 @@ def transcribe(
 # --- Command ---
 
 
+def torchrun_place() -> tuple[int, int, int, int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of torchrun; 0, 1, 0, 1 in a process that it did not start.
+
+    Raises SetupError where they contradict each other, whoever set them.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    started = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; clusters set some of the others on their own
+    try:
+        rank, size, local_rank, local_size = (int(given.get(name, 1 if "SIZE" in name else 0)) for name in names)
+        agree = (rank < size or "WORLD_SIZE" not in given) and (local_rank < local_size or len(given) < 4)
+        agree &= min(rank, local_rank) >= 0 and min(size, local_size) > 0 and (len(given) == 4 or not started)
+    except ValueError:
+        agree = False
+    if not agree:
+        given |= {"TORCHELASTIC_RUN_ID": os.environ["TORCHELASTIC_RUN_ID"]} if started else {}
+        said = " ".join(f"{name}={text}" for name, text in given.items())
+        raise common.SetupError(f"{said}: not what torchrun sets: unset {' '.join(given)}, or start with torchrun")
+    return (rank, size, local_rank, local_size) if started else (0, 1, 0, 1)
+
+
 def share(paths: Iterable[str], rank: int, world_size: int) -> list[str]:
     """The files of one of world_size processes, the longest first, all of them together about as long as the others'.
 
@@ -399,7 +418,7 @@ def share(paths: Iterable[str], rank: int, world_size: int) -> list[str]:
 def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool, totals: Counter, args) -> bool:
     """Load the model, transcribe files and deliver their transcripts; whether all were reached. Raises SetupError."""
     started = time.perf_counter()
-    device, warning = common.select_device(args.device)
+    device, warning = common.select_device(args.device, *torchrun_place()[2:])
     if warning:
         notice(f"warning: {warning}")
     dtype = common.select_dtype(args.dtype, device)
@@ -426,7 +445,7 @@ def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool
 
 def run(args: argparse.Namespace) -> int:
     """Transcribe what the arguments name; the exit status. Raises SetupError."""
-    rank, world_size, *_ = common.torchrun_place()
+    rank, world_size, *_ = torchrun_place()
     for option, given in (("--skip-existing", args.skip_existing), ("more than one process", world_size > 1)):
         if given and args.output_dir is None:
             raise common.SetupError(f"{option} needs --output-dir")
@@ -455,7 +474,7 @@ def run(args: argparse.Namespace) -> int:
 
 def open_store():
     """The store that torchrun holds for its processes, on all machines; None without torchrun. Raises SetupError."""
-    rank, world_size, *_ = common.torchrun_place()
+    rank, world_size, *_ = torchrun_place()
     if world_size == 1:
         return None
     from torch.distributed import TCPStore
@@ -482,7 +501,7 @@ def shared_status(store, status: int, bound_s: float) -> int:
     """
     try:
         store.add(f"{STORE_KEY} status {status}", 1)
-        if store.add(f"{STORE_KEY} ended", 1) == common.torchrun_place()[1]:
+        if store.add(f"{STORE_KEY} ended", 1) == torchrun_place()[1]:
             worst = next((s for s in (2, 141, 1) if store.add(f"{STORE_KEY} status {s}", 0)), 0)
             store.set(f"{STORE_KEY} status", str(worst))
         store.set_timeout(timedelta(seconds=bound_s))
@@ -504,7 +523,7 @@ def main(argv: list[str] | None = None) -> int:
         store = open_store()
         return run(args)
 
-    status = common.exit_status(program(), run_in_store, args)
+    status = common.run_script(program(), run_in_store, args)
     if store is None or status == 130:
         return status
     return shared_status(store, status, max(SHORTEST_WAIT_S, time.monotonic() - started))

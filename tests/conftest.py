@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs a process on each core
+import common
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-import common
 import inference
 
 TESTS = Path(__file__).parent

@@ -6,13 +6,12 @@ import subprocess
 import wave
 from pathlib import Path
 
+import common
 import numpy as np
 import pytest
 import soundfile
 from conftest import write
 from tone_speech import PAUSE, SLOT_S, random_text, synthesize
-
-import common
 
 RATE = 16_000
 
@@ -133,9 +132,7 @@ def test_files_without_audio_say_so(tmp_path, monkeypatch):
 def test_samples_that_are_not_numbers_are_refused(tmp_path, bad):
     samples = np.zeros(3 * RATE, np.float32)
     samples[2 * RATE + 5] = bad
-    assert errors_of(write(tmp_path / "bad.wav", samples, subtype="FLOAT")) == (
-        "NaN or infinite samples in the second after 2 s"
-    )
+    assert errors_of(write(tmp_path / "bad.wav", samples, subtype="FLOAT")) == "NaN or infinite samples"
 
 
 def test_a_damaged_file_is_an_error_not_a_short_transcript(tmp_path):

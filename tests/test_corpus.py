@@ -8,13 +8,13 @@ import subprocess
 import sys
 import weakref
 
+import common
 import kills
 import numpy as np
 import pytest
 from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, run, write
 from tone_speech import random_text, spoken, synthesize
 
-import common
 import inference
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
 import numpy as np
 import pytest
 import random_model
@@ -18,7 +19,6 @@ import torch
 from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, run, write
 from tone_speech import random_text, spoken, synthesize
 
-import common
 import eval_accuracy
 import eval_performance
 

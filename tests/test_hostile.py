@@ -8,13 +8,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import common
 import fuzz
 import hostile
 import numpy as np
 import pytest
 from conftest import MODEL, run, write
 
-import common
 import inference
 
 

@@ -1,10 +1,10 @@
 """The text that was spoken comes out, whatever the file, the batch and the length."""
+import common
 import numpy as np
 import pytest
 from conftest import write
 from tone_speech import random_text, spoken, synthesize
 
-import common
 import inference
 
 GREETING = "こんにちは、さようなら"

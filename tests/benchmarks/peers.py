@@ -23,9 +23,9 @@ import numpy as np
 
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+import common  # noqa: E402
 import random_model  # noqa: E402
 
-import common  # noqa: E402
 import eval_performance  # noqa: E402
 import inference  # noqa: E402
 

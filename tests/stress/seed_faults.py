@@ -20,6 +20,7 @@ TESTS = Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS.parent))
 
 import common  # noqa: E402
+
 import eval_accuracy  # noqa: E402
 
 
