@@ -9,10 +9,12 @@ The transcript goes to stdout or to files in --output-dir, and everything else t
 import argparse
 import contextlib
 import itertools
+import math
 import os
 import re
 import sys
 import time
+import unicodedata
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import numpy as np
 import soundfile
 from tqdm import tqdm
 
@@ -33,6 +36,18 @@ AUDIO_EXTENSIONS = (
 FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
+FRAME_S = 0.02  # of the encoder's output
+QUIETER_DB = 30  # a pause is that much below the loudest part
+N_HEADS = 10  # of 40, the best in arXiv 2509.09987
+LONGEST_TOKEN_S = 2.0  # of loud sound: beyond, the alignment has left something out
+LONG_PAUSE_S = 0.7
+SHORTEST_CUE_S, LONGEST_CUE_S = 1.0, 7.0
+SENTENCE_END = r"[。！？!?]+[。！？!?」』）】〉》”\"')\]]*|[.]+[\"')\]”]*(?=\s|$)"
+# Kinsoku (JIS X 4051), as far as it matters to subtitles
+NOT_FIRST = "、。，．・：；？！」』）】〉》ー々ゝゞぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ…‥〜～,.:;?!)]}%”’゛゜ﾞﾟｰ､｡｣･ｧｨｩｪｫｬｭｮｯ"
+NOT_LAST = "「『（【〈《([{“‘｢"
+ZERO_WIDTH_JOINER = "\u200d"
+SPACED = r"[!-\u0dff\u10a0-\u1cff\u1e00-\u2fff\uac00-\ud7a3]"  # of scripts that put spaces between words
 STORE_KEY = f"inference.py {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
 STORE_TIMEOUT_S = 60  # in which torchrun's store answers
 SHORTEST_WAIT_S = 600  # for the other processes of torchrun, which all have about the same to do
@@ -47,6 +62,9 @@ class Segment:
     text: str = ""
     compression_ratio: float = 0.0
     token_limit: bool = False  # decoding ended at the token limit: text may be missing
+    loud: np.ndarray | None = None  # of loud_frames
+    breaks: set[int] | None = None  # the characters that a token begins with
+    spans: np.ndarray | None = None  # (n_characters, 2): start and end of each in seconds, NaN without a sound
 
     @property
     def looping(self) -> bool:
@@ -97,6 +115,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output-dir", "-o", metavar="DIR", help="write files there (default: write to stdout)")
     add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt",
         help="of the transcripts; all, and srt, vtt and tsv of several files, need --output-dir (default: %(default)s)")
+    add("--max-line-width", type=common.number(int, 1), default=16, metavar="N",
+        help="full-width characters in a line of a subtitle; others count half (default: %(default)s)")  # fmt: skip
+    add("--max-line-count", type=common.number(int, 1), default=2, metavar="N",
+        help="lines of a subtitle (default: %(default)s)")  # fmt: skip
+    add("--word-timestamps", action="store_true", help="times of words in JSON")
     add("--skip-existing", action="store_true", help="skip the files whose outputs are all in --output-dir")
     return parser.parse_args(argv)
 
@@ -161,6 +184,225 @@ def plan_outputs(inputs: dict[str, str], many: bool, args: argparse.Namespace) -
     return outputs
 
 
+# --- Times and cues: token ids -> segments that people can read ---
+
+
+@dataclass
+class Cue:
+    """A sentence, or as much of one as can be read at a time; start and end in seconds from the file's beginning."""
+
+    start: float
+    end: float
+    text: str  # part of the text of its segment, with the space that it may begin with
+    lines: list[str]
+    words: list[tuple[str, float, float]]
+    segment: Segment
+
+
+def loud_frames(waveform: np.ndarray) -> np.ndarray:
+    """The frames of FRAME_S that are at most QUIETER_DB below the loudest part of a chunk: (n,) int64, n >= 1."""
+    n = round(FRAME_S * common.SAMPLING_RATE)
+    power = np.var(np.pad(waveform, (0, -len(waveform) % n)).reshape(-1, n), axis=1)
+    loudest = min(power.max(), common.levels(waveform, common.SAMPLING_RATE).max())
+    return np.flatnonzero(power >= loudest / 10 ** (QUIETER_DB / 10))
+
+
+def token_runs(tokenizer, ids: list[int], text: str) -> list[tuple[int, int, int, int]]:
+    """The fewest tokens that decode to whole characters of their text: first and end token, first and end character."""
+    runs, token, character = [], 0, 0
+    for i in range(1, len(ids) + 1):
+        piece = tokenizer.decode(ids[token:i], skip_special_tokens=True)
+        if text.startswith(piece, character) and (piece or i == len(ids)):  # half a character decodes to another one
+            runs.append((token, i, character, character + len(piece)))
+            token, character = i, character + len(piece)
+    return runs
+
+
+def cross_attention(recognizer: common.Recognizer, encoded, token_ids: list[list[int]]) -> Iterator:
+    """Where the heads look to predict the tokens of a row: (n_heads, n_tokens, n_positions) float32, row by row.
+
+    One forward over the whole batch; computed from queries and keys, for fused kernels do not give it away.
+    """
+    import torch
+
+    decoder, prompt = recognizer.model.model.decoder, recognizer.prompt.tolist()
+    rows = [torch.tensor([*prompt, *ids[:-1]]) for ids in token_ids]
+    inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=prompt[0]).to(encoded.device)
+    attentions, outputs = [layer.encoder_attn for layer in decoder.layers], []
+    with contextlib.ExitStack() as hooks:
+        for linear in (linear for attention in attentions for linear in (attention.q_proj, attention.k_proj)):
+            hooks.enter_context(linear.register_forward_hook(lambda module, args, output: outputs.append(output)))
+        decoder(input_ids=inputs, encoder_hidden_states=encoded, use_cache=False)
+    for i, ids in enumerate(token_ids):
+        weights = []
+        for attention, query, key in zip(attentions, outputs[::2], outputs[1::2], strict=True):
+            query = query[i, len(prompt) - 1 :][: len(ids)].float() * attention.scaling
+            query, key = (states.unflatten(-1, (attention.num_heads, -1)) for states in (query, key[i].float()))
+            weights.append((query.transpose(0, 1) @ key.permute(1, 2, 0)).softmax(-1))
+        yield torch.cat(weights)
+
+
+def align(weights, frames: np.ndarray) -> np.ndarray | None:
+    """The first of the frames that belong to each token, an index into frames: (n_tokens,); None where it is doubtful.
+
+    weights (n_heads, n_tokens, n_frames): of the tokens that sound and of the loud frames alone, so that neither a
+    pause nor a comma draws the others to it. The heads are those with the largest L2 norms of rows and columns (arXiv
+    2509.09987). There is no step to the next token within a frame: the path would take it always, one frame early.
+    """
+    n_heads, n_tokens, n_frames = weights.shape
+    if not 0 < n_tokens <= n_frames:
+        return None
+    scores = weights.norm(dim=1).sum(-1) + weights.norm(dim=2).sum(-1)
+    weights = weights[scores.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
+    matrix = (weights / weights.norm(dim=1, keepdim=True)).mean(0).cpu().numpy()
+    path = common.import_librosa().sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))[1]
+    firsts = np.searchsorted(path[::-1, 0], np.arange(n_tokens))
+    n_of_token = np.diff(firsts, append=n_frames)
+    doubtful = n_of_token.max() * FRAME_S > LONGEST_TOKEN_S or np.mean(n_of_token == 1) > 0.5
+    return None if doubtful else firsts
+
+
+def align_characters(segment: Segment, tokenizer, ids: list[int], weights) -> None:
+    """Give a segment its tokens' places in the text and, unless these are doubtful, times; weights: cross_attention."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    runs, n_left_out = token_runs(tokenizer, ids, text), len(text) - len(text.lstrip())
+    segment.breaks = {run[2] - n_left_out for run in runs}
+    runs = [run for run in runs if any(map(str.isalnum, text[run[2] : run[3]]))]
+    tokens = [i for first, end, *_ in runs for i in range(first, end)]
+    frames = segment.loud[segment.loud < weights.shape[-1]]
+    firsts = align(weights[:, tokens][:, :, frames], frames) if tokens else None
+    if firsts is None:
+        return
+    segment.spans = np.full((len(text), 2), np.nan)
+    edges = np.append(firsts[np.cumsum([0, *(end - first for first, end, *_ in runs[:-1])])], len(frames))
+    for (*_, first, end), start, stop in zip(runs, edges[:-1], edges[1:], strict=True):
+        times = np.linspace(frames[start], frames[stop - 1] + 1, end - first + 1)
+        segment.spans[first:end] = segment.start + FRAME_S * np.stack([times[:-1], times[1:]], 1)
+    segment.spans = segment.spans[n_left_out : n_left_out + len(segment.text)]
+
+
+def character_times(segment: Segment) -> np.ndarray:
+    """Start and end of each character, seconds from the file's beginning, NaN where it has no sound: (n, 2).
+
+    Without an alignment they share the loud frames evenly.
+    """
+    sounds = np.array([character.isalnum() for character in segment.text])
+    if not sounds.any():
+        sounds[:] = True
+    spans = np.full((len(sounds), 2), np.nan)
+    if segment.spans is not None:
+        spans[sounds] = segment.spans[sounds]
+        return spans
+    edges = np.linspace(0, len(segment.loud), sounds.sum() + 1) if segment.loud is not None else None
+    if edges is None:
+        edges = np.linspace(segment.start, segment.end, sounds.sum() + 1)
+        spans[sounds] = np.stack([edges[:-1], edges[1:]], 1)
+        return spans
+    first, last = np.floor(edges[:-1]).astype(int), np.ceil(edges[1:]).astype(int) - 1
+    starts, ends = segment.loud[first] + edges[:-1] - first, segment.loud[last] + edges[1:] - last
+    spans[sounds] = segment.start + FRAME_S * np.stack([starts, ends], 1)
+    return spans
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Where the sentences of a text begin and end; what has no sound goes with the one before."""
+    edges = [0]
+    for match in re.finditer(SENTENCE_END, text):
+        if re.search(r"\w", text[edges[-1] : match.end()]) and re.search(r"\w", text[match.end() :]):
+            edges.append(match.end())
+    return list(itertools.pairwise([*edges, len(text)])) if text else []
+
+
+def break_qualities(text: str, breaks: set[int] | None) -> list[int]:
+    """How good it is to break a text before each character: 0 forbidden, 1 in a word, 2 after a token, to 4.
+
+    breaks: where tokens end, None where that is not known.
+    """
+    qualities = [0]
+    for i, (before, after) in enumerate(itertools.pairwise(text), start=1):
+        following = text[i:].lstrip()[:1]
+        joined = unicodedata.category(after) in ("Mn", "Mc", "Me", "Cf", "Sk") or before in NOT_LAST or before.isspace()
+        if joined or before == ZERO_WIDTH_JOINER or following == "" or following in NOT_FIRST:
+            qualities.append(0)
+        elif after.isspace() or before in "、，,;；：":
+            qualities.append(4)
+        elif re.fullmatch(SPACED, before) and re.fullmatch(SPACED, after) or (breaks is not None and i not in breaks):
+            qualities.append(1)
+        else:
+            qualities.append(3 if re.fullmatch(r"[ぁ-ん][^ぁ-ん]", before + after) else 2)
+    return qualities
+
+
+def cells(text: str) -> float:
+    """The width of a text without the spaces around it, in full-width characters."""
+    text = [c for c in text.strip() if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
+    return sum(1 if unicodedata.east_asian_width(character) in "WF" else 0.5 for character in text)
+
+
+def break_lines(text: str, qualities: list[int], width: float) -> list[str]:
+    """The lines of a text: the fewest, and of those the best breaks; qualities: of breaks before its characters."""
+    lines, first = [], 0
+    while cells(text[first:]) > width:
+        fitting = [i for i in range(first + 1, len(text)) if cells(text[first:i]) <= width]
+        n_more = math.ceil(cells(text[first:]) / width) - 1
+        few = [i for i in fitting if cells(text[i:]) <= n_more * width]
+        places = [i for i in few if qualities[i]] or [i for i in fitting if qualities[i]] or fitting[-1:]
+        cut = max(places, key=lambda i: (qualities[i], -abs(2 * i - first - len(text))))
+        lines.append(text[first:cut].strip())
+        first = cut
+    return [line for line in [*lines, text[first:].strip()] if line]
+
+
+def split_sentence(
+    text: str, first: int, end: int, qualities: list[int], spans: np.ndarray, limits: tuple[float, int]
+) -> list[tuple[int, int]]:
+    """Parts of a text from first to end that can be read at a time: within limits (cells in a line, lines) and seconds.
+
+    It is cut at long pauses, and then near the middle, best at a pause, after a comma, or at a phrase's or token's end.
+    """
+    sounding = first + np.flatnonzero(~np.isnan(spans[first:end, 0]))
+    places = range(sounding[0] + 1, sounding[-1] + 1)
+    left = np.maximum.accumulate(np.nan_to_num(spans[first:end, 1], nan=-np.inf))
+    right = np.minimum.accumulate(np.nan_to_num(spans[first:end, 0], nan=np.inf)[::-1])[::-1]
+    pauses = {i: right[i - first] - left[i - first - 1] for i in places}
+    long = [i for i in places if pauses[i] >= LONG_PAUSE_S and qualities[i] > 1]
+    part = text[first:end]
+    readable = left[-1] - right[0] <= LONGEST_CUE_S and cells(part) <= limits[0] * limits[1]
+    if not places or (not long and readable and len(break_lines(part, qualities[first:end], limits[0])) <= limits[1]):
+        return [(first, end)]
+
+    def score(i: int) -> float:
+        imbalance = (2 * i - first - end) / (end - first)
+        return (qualities[i] or -100) + 3 * min(pauses[i], 1) - 6 * imbalance**2
+
+    cut = max(long or places, key=pauses.get if long else score)
+    return [
+        *split_sentence(text, first, cut, qualities, spans, limits),
+        *split_sentence(text, cut, end, qualities, spans, limits),
+    ]
+
+
+def cues_of(transcript: Transcript, limits: tuple[float, int]) -> list[Cue]:
+    """The cues of a file, which hold all of its text; limits: the cells in a line and the lines."""
+    cues = []
+    for segment in transcript.segments:
+        text, spans, qualities = segment.text, character_times(segment), break_qualities(segment.text, segment.breaks)
+        for sentence in sentences(text):
+            for first, end in split_sentence(text, *sentence, qualities, spans, limits):
+                words = []
+                for i in range(first, end):
+                    if not words or (qualities[i] > 1 and re.search(r"\w", words[-1][0])):
+                        words.append(["", *spans[i]])
+                    word = words[-1]
+                    words[-1] = [word[0] + text[i], np.fmin(word[1], spans[i, 0]), np.fmax(word[2], spans[i, 1])]
+                part, start, stop = spans[first:end], np.nanmin(spans[first:end]), np.nanmax(spans[first:end])
+                lines = break_lines(text[first:end], qualities[first:end], limits[0])
+                cues.append(Cue(start, stop, text[first:end], lines, words, segment))
+    for cue, limit in zip(cues, [*(cue.start for cue in cues[1:]), transcript.duration], strict=True):
+        cue.end = min(max(cue.end, cue.start + SHORTEST_CUE_S), cue.start + LONGEST_CUE_S, limit)
+    return cues
+
+
 # --- Writing ---
 
 
@@ -177,42 +419,56 @@ def full_text(transcript: Transcript, language: str) -> str:
     return ("" if language in UNSPACED_LANGUAGES else " ").join(segment.text for segment in transcript.segments)
 
 
-def render(transcript: Transcript, extension: str, language: str) -> str:
-    """The content of an output file, in the format of openai/whisper's writers; language is that of the text."""
-    segments = transcript.segments
+def json_segment(i: int, cue: Cue, word_timestamps: bool) -> dict:
+    """A segment of openai/whisper's JSON, with what is known of the chunk that it comes from."""
+    chunk = cue.segment
+    content = {"id": i, "start": round(cue.start, 3), "end": round(cue.end, 3), "text": cue.text}
+    content |= {"compression_ratio": round(chunk.compression_ratio, 3), "token_limit": chunk.token_limit}
+    content |= {"looping": chunk.looping, "times": "proportional" if chunk.spans is None else "aligned"}
+    if word_timestamps:
+        content["words"] = [{"word": w, "start": round(s, 3), "end": round(e, 3)} for w, s, e in cue.words]
+    return content
+
+
+def render(
+    transcript: Transcript, extension: str, language: str, limits: tuple[float, int] = (16, 2), words: bool = False
+) -> str:
+    """The content of an output file, in the format of openai/whisper's writers; language is that of the text.
+
+    limits as of cues_of, for the cues of subtitles; txt needs no times, and has a line for each sentence.
+    """
     if extension == "txt":
-        return "".join(f"{s.text}\n" for s in segments)
+        texts = (s.text[first:end] for s in transcript.segments for first, end in sentences(s.text))
+        return "".join(f"{text.strip()}\n" for text in texts)
+    cues = cues_of(transcript, limits)
     if extension == "tsv":
-        rows = (f"{round(1000 * s.start)}\t{round(1000 * s.end)}\t{s.text.replace(chr(9), ' ')}\n" for s in segments)
+        rows = (f"{round(1000 * c.start)}\t{round(1000 * c.end)}\t{c.text.strip()}\n" for c in cues)
         return "start\tend\ttext\n" + "".join(rows)
     if extension == "json":
-        rows = [
-            {"id": i, "start": round(s.start, 3), "end": round(s.end, 3), "text": s.text,
-             "compression_ratio": round(s.compression_ratio, 3), "token_limit": s.token_limit, "looping": s.looping}
-            for i, s in enumerate(segments)
-        ]  # fmt: skip
+        rows = [json_segment(i, cue, words) for i, cue in enumerate(cues)]
         content = {"text": full_text(transcript, language), "segments": rows, "language": language}
         content |= {"duration": round(transcript.duration, 3), "path": transcript.path}
         return common.to_json(content) + "\n"
     srt = extension == "srt"
-    mark = "," if srt else "."
-    cues = "" if srt else "WEBVTT\n\n"
-    for i, s in enumerate(segments, start=1):
-        times = f"{timestamp(s.start, mark, srt)} --> {timestamp(s.end, mark, srt)}"
-        cues += (f"{i}\n" if srt else "") + f"{times}\n{s.text.replace('-->', '->')}\n\n"
-    return cues
+    mark, content = "," if srt else ".", "" if srt else "WEBVTT\n\n"
+    for i, cue in enumerate(cues, start=1):
+        times = f"{timestamp(cue.start, mark, srt)} --> {timestamp(cue.end, mark, srt)}"
+        shown = "\n".join(cue.lines).replace("-->", "->")
+        content += (f"{i}\n" if srt else "") + f"{times}\n{shown}\n\n"
+    return content
 
 
 def deliver(transcript: Transcript, outputs: list[str], args: argparse.Namespace, many: bool) -> None:
     """Write a transcript to its output files, or to stdout where it has none; what fails becomes its error."""
+    how = args.text_language, (args.max_line_width, args.max_line_count), args.word_timestamps
     if not outputs and many and args.output_format == "txt":
         path = common.one_line(transcript.path)
         common.write_stdout(f"{path}\t{full_text(transcript, args.text_language)}\n")
     elif not outputs:
-        common.write_stdout(render(transcript, args.output_format, args.text_language))
+        common.write_stdout(render(transcript, args.output_format, *how))
     for output in outputs:
         try:
-            common.write_whole(output, render(transcript, output.rpartition(".")[2], args.text_language))
+            common.write_whole(output, render(transcript, output.rpartition(".")[2], *how))
         except OSError as error:
             transcript.error = f"cannot write {output}: {error.strerror}"
 
@@ -273,8 +529,10 @@ def read_files(paths: Iterable[str], extractor, chunk_length_s: float) -> Iterat
         transcript = Transcript(path)
         try:
             for start, end, waveform in common.read_chunks(path, chunk_length_s):
-                features = None if waveform is None else common.extract_features(extractor, waveform)
-                yield transcript, Segment(start, end), features
+                features, segment = None, Segment(start, end)
+                if waveform is not None:
+                    features, segment.loud = common.extract_features(extractor, waveform), loud_frames(waveform)
+                yield transcript, segment, features
         except common.AudioError as error:
             transcript.error = str(error)
         except MemoryError:
@@ -309,18 +567,40 @@ def batches(chunks: Iterable[tuple], batch_size: int) -> Iterator[list[tuple]]:
     yield batch
 
 
-def recognize(recognizer: common.Recognizer, batch: list[tuple], max_new_tokens: int, batch_size: int) -> int:
-    """Give the segments of a batch, as read_files yields them, their texts; the batch size that fits the device.
+def recognize_part(recognizer: common.Recognizer, part: list[tuple], max_new_tokens: int, timed: bool) -> None:
+    """Give the segments of as many chunks as the device takes at once their texts and times. Raises DeviceError."""
+    import torch
+
+    model, tokenizer = recognizer.model, recognizer.tokenizer
+    with torch.inference_mode(), common.device_errors(model.device):
+        encoded = common.encode(model, torch.cat([features for *_, features in part]).to(model.device, model.dtype))
+        token_ids, _ = common.decode(recognizer, encoded, max_new_tokens)
+        for (_, segment, _), ids in zip(part, token_ids, strict=True):
+            segment.text = re.sub(common.CONTROL, " ", tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            data = segment.text.encode()
+            segment.compression_ratio = len(data) / len(zlib.compress(data))
+            segment.token_limit = ids[-1] != tokenizer.eos_token_id
+        for i, weights in enumerate(cross_attention(recognizer, encoded, token_ids) if timed else []):
+            align_characters(part[i][1], tokenizer, token_ids[i], weights)
+
+
+def recognize(
+    recognizer: common.Recognizer, batch: list[tuple], max_new_tokens: int, batch_size: int, timed: bool = False
+) -> int:
+    """Give the segments of a batch, as read_files yields them, their texts and, where timed, the times of these.
+
+    Returns the batch size that fits the device.
 
     Raises DeviceError.
     """
     import torch
 
-    features, token_ids = [features for *_, features in batch], []
-    while len(token_ids) < len(features):
-        part = features[len(token_ids) : len(token_ids) + batch_size]
+    n_done = 0
+    while n_done < len(batch):
+        part = batch[n_done : n_done + batch_size]
         try:
-            token_ids += common.generate(recognizer, part, max_new_tokens)[0]
+            recognize_part(recognizer, part, max_new_tokens, timed)
+            n_done += len(part)
             continue
         except common.OutOfMemoryError:
             if len(part) == 1:
@@ -328,21 +608,18 @@ def recognize(recognizer: common.Recognizer, batch: list[tuple], max_new_tokens:
         batch_size = len(part) // 2
         if recognizer.model.device.type != "cpu":
             getattr(torch, recognizer.model.device.type).empty_cache()  # here, where no error holds the tensors
-    for (transcript, segment, _), ids in zip(batch, token_ids, strict=True):
-        text = recognizer.tokenizer.decode(ids, skip_special_tokens=True)
-        segment.text = re.sub(common.CONTROL, " ", text).strip()
-        data = segment.text.encode()
-        segment.compression_ratio = len(data) / len(zlib.compress(data))
-        segment.token_limit = ids[-1] != recognizer.tokenizer.eos_token_id
+    for transcript, segment, _ in batch:
         transcript.segments.append(segment)
     return batch_size
 
 
 def transcribe(
     recognizer: common.Recognizer, paths: Iterable[str], max_new_tokens: int, chunk_length_s: float, batch_size: int,
-    on_progress: Callable[[float], None] = lambda seconds: None,
+    on_progress: Callable[[float], None] = lambda seconds: None, timed: bool = False,
 ) -> Iterator[Transcript]:  # fmt: skip
     """The transcript of each file, in order; on_progress is told the seconds of audio done since it was last called.
+
+    timed: align the characters with the audio.
 
     Chunks of several files share a batch, and an accelerator decodes one while the next is read. Where the device
     fails, the files of the batch have failed, for nothing that comes back from it can be believed, and then DeviceError
@@ -355,7 +632,8 @@ def transcribe(
     for batch in batches(chunks, batch_size):
         before = fitting
         try:
-            fitting = recognize(recognizer, [chunk for chunk in batch if chunk[2] is not None], max_new_tokens, before)
+            decoded = [chunk for chunk in batch if chunk[2] is not None]
+            fitting = recognize(recognizer, decoded, max_new_tokens, before, timed)
         except common.DeviceError as error:
             for transcript in dict.fromkeys(transcript for transcript, *_ in batch):
                 transcript.error = transcript.error or str(error)
@@ -409,6 +687,7 @@ def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool
         results = transcribe(
             recognizer, paths, args.max_new_tokens, args.chunk_length,
             args.batch_size or common.default_batch_size(device), on_progress=bar.update,
+            timed=args.output_format != "txt",
         )  # fmt: skip
         try:
             for transcript in results:
