@@ -43,10 +43,11 @@ LONGEST_TOKEN_S = 2.0  # of loud sound: beyond, the alignment has left something
 LONG_PAUSE_S = 0.7
 SHORTEST_CUE_S, LONGEST_CUE_S = 1.0, 7.0
 SENTENCE_END = r"[。！？!?]+[。！？!?」』）】〉》”\"')\]]*|[.]+[\"')\]”]*(?=\s|$)"
+SOUND = r"\w|(?<=[^\w\s]{3})[^\w\s]"  # what is spoken; of many signs in a row, the fourth and on count too
 # Kinsoku (JIS X 4051), as far as it matters to subtitles
-NOT_FIRST = "、。，．・：；？！」』）】〉》ー々ゝゞぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ…‥〜～,.:;?!)]}%”’゛゜ﾞﾟｰ､｡｣･ｧｨｩｪｫｬｭｮｯ"
-NOT_LAST = "「『（【〈《([{“‘｢"
-ZERO_WIDTH_JOINER = "\u200d"
+NOT_FIRST = "、。，．・：；？！」』）】〉》ー々ゝゞぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ…‥〜～,.:;?!)]}%”’ﾞﾟｰ､｡｣･"
+NOT_LAST = "「『（【〈《([{“‘｢\u200d"  # a zero-width joiner too
+JOINED = ("Mn", "Mc", "Me", "Cf", "Sk")  # Unicode categories of what changes the character before
 SPACED = r"[!-\u0dff\u10a0-\u1cff\u1e00-\u2fff\uac00-\ud7a3]"  # of scripts that put spaces between words
 STORE_KEY = f"inference.py {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
 STORE_TIMEOUT_S = 60  # in which torchrun's store answers
@@ -62,9 +63,10 @@ class Segment:
     text: str = ""
     compression_ratio: float = 0.0
     token_limit: bool = False  # decoding ended at the token limit: text may be missing
-    loud: np.ndarray | None = None  # of loud_frames
-    breaks: set[int] | None = None  # the characters that a token begins with
-    spans: np.ndarray | None = None  # (n_characters, 2): start and end of each in seconds, NaN without a sound
+    loud: np.ndarray | None = None  # as of loud_frames
+    breaks: set[int] = field(default_factory=set)  # the characters that a token begins with
+    spans: np.ndarray | None = None  # start and end of each character, seconds from the beginning of the file, (n, 2)
+    aligned: bool = False  # the spans are from the decoder's attention
 
     @property
     def looping(self) -> bool:
@@ -189,65 +191,65 @@ def plan_outputs(inputs: dict[str, str], many: bool, args: argparse.Namespace) -
 
 @dataclass
 class Cue:
-    """A sentence, or as much of one as can be read at a time; start and end in seconds from the file's beginning."""
+    """A sentence, or as much of one as can be read at a time; seconds from the beginning of the file."""
 
     start: float
     end: float
-    text: str  # part of the text of its segment, with the space that it may begin with
+    text: str  # a part of its chunk's text, with the space that it may begin with
     lines: list[str]
     words: list[tuple[str, float, float]]
-    segment: Segment
+    chunk: Segment
 
 
 def loud_frames(waveform: np.ndarray) -> np.ndarray:
-    """The frames of FRAME_S that are at most QUIETER_DB below the loudest part of a chunk: (n,) int64, n >= 1."""
+    """The frames of FRAME_S that are at most QUIETER_DB below the loudest part of a chunk: (n >= 1,) int64."""
     n = round(FRAME_S * common.SAMPLING_RATE)
     power = np.var(np.pad(waveform, (0, -len(waveform) % n)).reshape(-1, n), axis=1)
     loudest = min(power.max(), common.levels(waveform, common.SAMPLING_RATE).max())
     return np.flatnonzero(power >= loudest / 10 ** (QUIETER_DB / 10))
 
 
-def token_runs(tokenizer, ids: list[int], text: str) -> list[tuple[int, int, int, int]]:
-    """The fewest tokens that decode to whole characters of their text: first and end token, first and end character."""
+def token_runs(tokenizer, ids: list[int], text: str) -> list[tuple[range, range]]:
+    """The fewest tokens that decode to whole characters of the text: (their indices, those of the characters)."""
     runs, token, character = [], 0, 0
     for i in range(1, len(ids) + 1):
         piece = tokenizer.decode(ids[token:i], skip_special_tokens=True)
-        if text.startswith(piece, character) and (piece or i == len(ids)):  # half a character decodes to another one
-            runs.append((token, i, character, character + len(piece)))
+        if piece and text.startswith(piece, character):  # the bytes of half a character decode to another one
+            runs.append((range(token, i), range(character, character + len(piece))))
             token, character = i, character + len(piece)
     return runs
 
 
 def cross_attention(recognizer: common.Recognizer, encoded, token_ids: list[list[int]]) -> Iterator:
-    """Where the heads look to predict the tokens of a row: (n_heads, n_tokens, n_positions) float32, row by row.
+    """Where all heads look as they predict each token of a row: (n_heads, n_tokens, n_positions) float32, row by row.
 
-    One forward over the whole batch; computed from queries and keys, for fused kernels do not give it away.
+    One forward over the batch; from queries and keys, because fused kernels do not give the weights away.
     """
     import torch
 
     decoder, prompt = recognizer.model.model.decoder, recognizer.prompt.tolist()
     rows = [torch.tensor([*prompt, *ids[:-1]]) for ids in token_ids]
     inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=prompt[0]).to(encoded.device)
-    attentions, outputs = [layer.encoder_attn for layer in decoder.layers], []
+    layers, outputs = [layer.encoder_attn for layer in decoder.layers], []
     with contextlib.ExitStack() as hooks:
-        for linear in (linear for attention in attentions for linear in (attention.q_proj, attention.k_proj)):
+        for linear in itertools.chain(*((layer.q_proj, layer.k_proj) for layer in layers)):
             hooks.enter_context(linear.register_forward_hook(lambda module, args, output: outputs.append(output)))
         decoder(input_ids=inputs, encoder_hidden_states=encoded, use_cache=False)
     for i, ids in enumerate(token_ids):
         weights = []
-        for attention, query, key in zip(attentions, outputs[::2], outputs[1::2], strict=True):
-            query = query[i, len(prompt) - 1 :][: len(ids)].float() * attention.scaling
-            query, key = (states.unflatten(-1, (attention.num_heads, -1)) for states in (query, key[i].float()))
+        for layer, queries, keys in zip(layers, outputs[::2], outputs[1::2], strict=True):
+            query = queries[i, len(prompt) - 1 : len(prompt) - 1 + len(ids)].float() * layer.scaling
+            query, key = (states.unflatten(-1, (layer.num_heads, -1)) for states in (query, keys[i].float()))
             weights.append((query.transpose(0, 1) @ key.permute(1, 2, 0)).softmax(-1))
         yield torch.cat(weights)
 
 
-def align(weights, frames: np.ndarray) -> np.ndarray | None:
-    """The first of the frames that belong to each token, an index into frames: (n_tokens,); None where it is doubtful.
+def align(weights) -> np.ndarray | None:
+    """Which token each frame belongs to, (n_frames,) int64, from weights (n_heads, n_tokens, n_frames).
 
-    weights (n_heads, n_tokens, n_frames): of the tokens that sound and of the loud frames alone, so that neither a
-    pause nor a comma draws the others to it. The heads are those with the largest L2 norms of rows and columns (arXiv
-    2509.09987). There is no step to the next token within a frame: the path would take it always, one frame early.
+    Dynamic time warping in which a token has one frame or more, and a frame one token. The heads are those with the
+    largest L2 norms of rows and columns (arXiv 2509.09987). None where a token takes LONGEST_TOKEN_S, or most tokens
+    a single frame: then the text is not what was said, or the heads look elsewhere.
     """
     n_heads, n_tokens, n_frames = weights.shape
     if not 0 < n_tokens <= n_frames:
@@ -255,149 +257,133 @@ def align(weights, frames: np.ndarray) -> np.ndarray | None:
     scores = weights.norm(dim=1).sum(-1) + weights.norm(dim=2).sum(-1)
     weights = weights[scores.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
     matrix = (weights / weights.norm(dim=1, keepdim=True)).mean(0).cpu().numpy()
-    path = common.import_librosa().sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))[1]
-    firsts = np.searchsorted(path[::-1, 0], np.arange(n_tokens))
-    n_of_token = np.diff(firsts, append=n_frames)
-    doubtful = n_of_token.max() * FRAME_S > LONGEST_TOKEN_S or np.mean(n_of_token == 1) > 0.5
-    return None if doubtful else firsts
+    total, entered = np.full(n_tokens, -np.inf), np.zeros((n_frames, n_tokens), bool)
+    total[0] = 0
+    for i in range(1, n_frames):
+        from_before = np.append(-np.inf, total[:-1])
+        entered[i] = from_before > total
+        total = np.maximum(from_before, total) + matrix[:, i]
+    token, path = n_tokens - 1, np.empty(n_frames, np.int64)
+    for i in reversed(range(n_frames)):
+        path[i] = token
+        token -= entered[i, token]
+    counts = np.bincount(path, minlength=n_tokens)
+    return None if counts.max() * FRAME_S > LONGEST_TOKEN_S or np.mean(counts == 1) > 0.5 else path
 
 
-def align_characters(segment: Segment, tokenizer, ids: list[int], weights) -> None:
-    """Give a segment its tokens' places in the text and, unless these are doubtful, times; weights: cross_attention."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    runs, n_left_out = token_runs(tokenizer, ids, text), len(text) - len(text.lstrip())
-    segment.breaks = {run[2] - n_left_out for run in runs}
-    runs = [run for run in runs if any(map(str.isalnum, text[run[2] : run[3]]))]
-    tokens = [i for first, end, *_ in runs for i in range(first, end)]
-    frames = segment.loud[segment.loud < weights.shape[-1]]
-    firsts = align(weights[:, tokens][:, :, frames], frames) if tokens else None
-    if firsts is None:
-        return
-    segment.spans = np.full((len(text), 2), np.nan)
-    edges = np.append(firsts[np.cumsum([0, *(end - first for first, end, *_ in runs[:-1])])], len(frames))
-    for (*_, first, end), start, stop in zip(runs, edges[:-1], edges[1:], strict=True):
-        times = np.linspace(frames[start], frames[stop - 1] + 1, end - first + 1)
-        segment.spans[first:end] = segment.start + FRAME_S * np.stack([times[:-1], times[1:]], 1)
-    segment.spans = segment.spans[n_left_out : n_left_out + len(segment.text)]
-
-
-def character_times(segment: Segment) -> np.ndarray:
-    """Start and end of each character, seconds from the file's beginning, NaN where it has no sound: (n, 2).
-
-    Without an alignment they share the loud frames evenly.
-    """
-    sounds = np.array([character.isalnum() for character in segment.text])
-    if not sounds.any():
-        sounds[:] = True
-    spans = np.full((len(sounds), 2), np.nan)
-    if segment.spans is not None:
-        spans[sounds] = segment.spans[sounds]
-        return spans
-    edges = np.linspace(0, len(segment.loud), sounds.sum() + 1) if segment.loud is not None else None
-    if edges is None:
-        edges = np.linspace(segment.start, segment.end, sounds.sum() + 1)
-        spans[sounds] = np.stack([edges[:-1], edges[1:]], 1)
-        return spans
+def spread(frames: np.ndarray, n: int) -> np.ndarray:
+    """Start and end, in seconds, of n characters that share frames evenly: (n, 2)."""
+    edges = np.linspace(0, len(frames), n + 1)
     first, last = np.floor(edges[:-1]).astype(int), np.ceil(edges[1:]).astype(int) - 1
-    starts, ends = segment.loud[first] + edges[:-1] - first, segment.loud[last] + edges[1:] - last
-    spans[sounds] = segment.start + FRAME_S * np.stack([starts, ends], 1)
-    return spans
+    return FRAME_S * np.stack([frames[first] + edges[:-1] - first, frames[last] + edges[1:] - last], 1)
+
+
+def set_times(segment: Segment, tokenizer, ids: list[int], weights) -> None:
+    """Give a segment, whose text is set, the times of its characters; weights as cross_attention yields them.
+
+    Signs and spaces have no sound: only the tokens of other characters take part, and only the loud frames, so that
+    nothing is drawn into a pause. Where the alignment is doubtful, the characters share the loud frames evenly.
+    """
+    full = re.sub(common.CONTROL, " ", tokenizer.decode(ids, skip_special_tokens=True))
+    sounding = {match.start() for match in re.finditer(SOUND, full)} or {*range(len(full))}
+    runs = token_runs(tokenizer, ids, tokenizer.decode(ids, skip_special_tokens=True))
+    n_left_out = len(full) - len(full.lstrip())
+    segment.breaks = {characters[0] - n_left_out for _, characters in runs}
+    runs = [(tokens, [i for i in characters if i in sounding]) for tokens, characters in runs]
+    tokens = [i for tokens, characters in runs for i in tokens if characters]
+    frames = segment.loud[segment.loud < weights.shape[-1]]
+    path = align(weights[:, tokens][:, :, frames])
+    segment.aligned, spans = path is not None, np.full((len(full), 2), np.nan)
+    spans[sorted(sounding)] = spread(frames, len(sounding))
+    for run, characters in runs if segment.aligned else []:
+        if characters:
+            spans[characters] = spread(frames[np.isin(path, np.searchsorted(tokens, run))], len(characters))
+    for i in range(1, len(full)):  # a sign goes with what it follows
+        if np.isnan(spans[i, 0]) and full[i] not in NOT_LAST + " ":
+            spans[i] = spans[i - 1, 1]
+    for i in reversed(range(len(full) - 1)):  # the others with what follows them
+        if np.isnan(spans[i, 0]):
+            spans[i] = spans[i + 1, 0]
+    segment.spans = segment.start + spans[n_left_out : n_left_out + len(segment.text)]
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
-    """Where the sentences of a text begin and end; what has no sound goes with the one before."""
+    """Where the sentences of a text begin and end; signs alone are none."""
     edges = [0]
     for match in re.finditer(SENTENCE_END, text):
-        if re.search(r"\w", text[edges[-1] : match.end()]) and re.search(r"\w", text[match.end() :]):
+        if re.search(SOUND, text[edges[-1] : match.end()]) and re.search(SOUND, text[match.end() :]):
             edges.append(match.end())
     return list(itertools.pairwise([*edges, len(text)])) if text else []
 
 
-def break_qualities(text: str, breaks: set[int] | None) -> list[int]:
-    """How good it is to break a text before each character: 0 forbidden, 1 in a word, 2 after a token, to 4.
-
-    breaks: where tokens end, None where that is not known.
-    """
-    qualities = [0]
+def break_qualities(text: str, breaks: set[int]) -> list[int]:
+    """How good it is to break a text before each character: 0 never, 1 in a word, 2 after a token, 3 after a phrase,
+    4 at a comma or space. breaks: the characters that a token begins with."""
+    qualities = [0] * len(text)
     for i, (before, after) in enumerate(itertools.pairwise(text), start=1):
-        following = text[i:].lstrip()[:1]
-        joined = unicodedata.category(after) in ("Mn", "Mc", "Me", "Cf", "Sk") or before in NOT_LAST or before.isspace()
-        if joined or before == ZERO_WIDTH_JOINER or following == "" or following in NOT_FIRST:
-            qualities.append(0)
-        elif after.isspace() or before in "、，,;；：":
-            qualities.append(4)
-        elif re.fullmatch(SPACED, before) and re.fullmatch(SPACED, after) or (breaks is not None and i not in breaks):
-            qualities.append(1)
+        first = text[i:].lstrip()[:1]
+        if before.isspace() or before in NOT_LAST or first in NOT_FIRST or unicodedata.category(after) in JOINED:
+            continue
+        if after.isspace() or before in "、，,;；：":
+            qualities[i] = 4
+        elif i not in breaks or (re.fullmatch(SPACED, before) and re.fullmatch(SPACED, after)):
+            qualities[i] = 1
         else:
-            qualities.append(3 if re.fullmatch(r"[ぁ-ん][^ぁ-ん]", before + after) else 2)
+            qualities[i] = 3 if re.fullmatch("[ぁ-ん][^ぁ-ん]", before + after) else 2
     return qualities
 
 
 def cells(text: str) -> float:
     """The width of a text without the spaces around it, in full-width characters."""
-    text = [c for c in text.strip() if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
-    return sum(1 if unicodedata.east_asian_width(character) in "WF" else 0.5 for character in text)
+    return sum(1 if unicodedata.east_asian_width(character) in "WF" else 0.5 for character in text.strip())
 
 
 def break_lines(text: str, qualities: list[int], width: float) -> list[str]:
-    """The lines of a text: the fewest, and of those the best breaks; qualities: of breaks before its characters."""
+    """The lines of a text, as few as there can be, broken at the best places; qualities: of those in the text."""
     lines, first = [], 0
-    while cells(text[first:]) > width:
+    while (rest := cells(text[first:])) > width:
         fitting = [i for i in range(first + 1, len(text)) if cells(text[first:i]) <= width]
-        n_more = math.ceil(cells(text[first:]) / width) - 1
-        few = [i for i in fitting if cells(text[i:]) <= n_more * width]
+        few = [i for i in fitting if cells(text[i:]) <= width * (math.ceil(rest / width) - 1)]
         places = [i for i in few if qualities[i]] or [i for i in fitting if qualities[i]] or fitting[-1:]
         cut = max(places, key=lambda i: (qualities[i], -abs(2 * i - first - len(text))))
         lines.append(text[first:cut].strip())
         first = cut
-    return [line for line in [*lines, text[first:].strip()] if line]
+    return [*lines, text[first:].strip()]
 
 
-def split_sentence(
-    text: str, first: int, end: int, qualities: list[int], spans: np.ndarray, limits: tuple[float, int]
-) -> list[tuple[int, int]]:
-    """Parts of a text from first to end that can be read at a time: within limits (cells in a line, lines) and seconds.
+def readable_parts(chunk: Segment, first: int, end: int, qualities: list[int], limits: tuple) -> list[tuple[int, int]]:
+    """Parts of a chunk's text from first to end that keep to limits (cells in a line, lines) and to LONGEST_CUE_S.
 
-    It is cut at long pauses, and then near the middle, best at a pause, after a comma, or at a phrase's or token's end.
+    They are cut at long pauses, and then near the middle: best at a pause, after a comma, a phrase, a token.
     """
-    sounding = first + np.flatnonzero(~np.isnan(spans[first:end, 0]))
-    places = range(sounding[0] + 1, sounding[-1] + 1)
-    left = np.maximum.accumulate(np.nan_to_num(spans[first:end, 1], nan=-np.inf))
-    right = np.minimum.accumulate(np.nan_to_num(spans[first:end, 0], nan=np.inf)[::-1])[::-1]
-    pauses = {i: right[i - first] - left[i - first - 1] for i in places}
+    starts, ends = chunk.spans.T
+    places = [i for i in range(first + 1, end) if starts[first] < ends[i - 1] and starts[i] < ends[end - 1]]
+    pauses = {i: starts[i] - ends[i - 1] for i in places}
     long = [i for i in places if pauses[i] >= LONG_PAUSE_S and qualities[i] > 1]
-    part = text[first:end]
-    readable = left[-1] - right[0] <= LONGEST_CUE_S and cells(part) <= limits[0] * limits[1]
-    if not places or (not long and readable and len(break_lines(part, qualities[first:end], limits[0])) <= limits[1]):
+    fits = ends[end - 1] - starts[first] <= LONGEST_CUE_S and cells(chunk.text[first:end]) <= limits[0] * limits[1]
+    fits = fits and len(break_lines(chunk.text[first:end], qualities[first:end], limits[0])) <= limits[1]
+    if not places or (fits and not long):
         return [(first, end)]
 
-    def score(i: int) -> float:
-        imbalance = (2 * i - first - end) / (end - first)
-        return (qualities[i] or -100) + 3 * min(pauses[i], 1) - 6 * imbalance**2
+    def goodness(i: int) -> float:
+        return (qualities[i] or -100) + 3 * min(pauses[i], 1) - 6 * ((2 * i - first - end) / (end - first)) ** 2
 
-    cut = max(long or places, key=pauses.get if long else score)
-    return [
-        *split_sentence(text, first, cut, qualities, spans, limits),
-        *split_sentence(text, cut, end, qualities, spans, limits),
-    ]
+    cut = max(long or places, key=goodness)
+    return [*readable_parts(chunk, first, cut, qualities, limits), *readable_parts(chunk, cut, end, qualities, limits)]
 
 
 def cues_of(transcript: Transcript, limits: tuple[float, int]) -> list[Cue]:
-    """The cues of a file, which hold all of its text; limits: the cells in a line and the lines."""
+    """The cues of a file, together all of its text; limits as of readable_parts."""
     cues = []
-    for segment in transcript.segments:
-        text, spans, qualities = segment.text, character_times(segment), break_qualities(segment.text, segment.breaks)
-        for sentence in sentences(text):
-            for first, end in split_sentence(text, *sentence, qualities, spans, limits):
-                words = []
-                for i in range(first, end):
-                    if not words or (qualities[i] > 1 and re.search(r"\w", words[-1][0])):
-                        words.append(["", *spans[i]])
-                    word = words[-1]
-                    words[-1] = [word[0] + text[i], np.fmin(word[1], spans[i, 0]), np.fmax(word[2], spans[i, 1])]
-                part, start, stop = spans[first:end], np.nanmin(spans[first:end]), np.nanmax(spans[first:end])
-                lines = break_lines(text[first:end], qualities[first:end], limits[0])
-                cues.append(Cue(start, stop, text[first:end], lines, words, segment))
+    for chunk in transcript.segments:
+        qualities = break_qualities(chunk.text, chunk.breaks)
+        for sentence in sentences(chunk.text):
+            for first, end in readable_parts(chunk, *sentence, qualities, limits):
+                text, (starts, ends) = chunk.text[first:end], chunk.spans.T
+                edges = [first, *(i for i in range(first + 1, end) if qualities[i] > 1), end]
+                words = [(chunk.text[i:j], starts[i], ends[j - 1]) for i, j in itertools.pairwise(edges)]
+                lines = break_lines(text, qualities[first:end], limits[0])
+                cues.append(Cue(starts[first], ends[end - 1], text, lines, words, chunk))
     for cue, limit in zip(cues, [*(cue.start for cue in cues[1:]), transcript.duration], strict=True):
         cue.end = min(max(cue.end, cue.start + SHORTEST_CUE_S), cue.start + LONGEST_CUE_S, limit)
     return cues
@@ -421,10 +407,10 @@ def full_text(transcript: Transcript, language: str) -> str:
 
 def json_segment(i: int, cue: Cue, word_timestamps: bool) -> dict:
     """A segment of openai/whisper's JSON, with what is known of the chunk that it comes from."""
-    chunk = cue.segment
+    chunk = cue.chunk
     content = {"id": i, "start": round(cue.start, 3), "end": round(cue.end, 3), "text": cue.text}
     content |= {"compression_ratio": round(chunk.compression_ratio, 3), "token_limit": chunk.token_limit}
-    content |= {"looping": chunk.looping, "times": "proportional" if chunk.spans is None else "aligned"}
+    content |= {"looping": chunk.looping, "times": "aligned" if chunk.aligned else "proportional"}
     if word_timestamps:
         content["words"] = [{"word": w, "start": round(s, 3), "end": round(e, 3)} for w, s, e in cue.words]
     return content
@@ -581,7 +567,7 @@ def recognize_part(recognizer: common.Recognizer, part: list[tuple], max_new_tok
             segment.compression_ratio = len(data) / len(zlib.compress(data))
             segment.token_limit = ids[-1] != tokenizer.eos_token_id
         for i, weights in enumerate(cross_attention(recognizer, encoded, token_ids) if timed else []):
-            align_characters(part[i][1], tokenizer, token_ids[i], weights)
+            set_times(part[i][1], tokenizer, token_ids[i], weights)
 
 
 def recognize(
