@@ -43,7 +43,6 @@ LONGEST_TOKEN_S = 2.0  # of loud sound: beyond, the alignment has left something
 LONG_PAUSE_S = 0.7
 SHORTEST_CUE_S, LONGEST_CUE_S = 1.0, 7.0
 SENTENCE_END = r"[。！？!?]+[。！？!?」』）】〉》”\"')\]]*|[.]+[\"')\]”]*(?=\s|$)"
-SOUND = r"\w|(?<=[^\w\s]{3})[^\w\s]"  # what is spoken; of many signs in a row, the fourth and on count too
 # Kinsoku (JIS X 4051), as far as it matters to subtitles
 NOT_FIRST = "、。，．・：；？！」』）】〉》ー々ゝゞぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ…‥〜～,.:;?!)]}%”’ﾞﾟｰ､｡｣･"
 NOT_LAST = "「『（【〈《([{“‘｢\u200d"  # a zero-width joiner too
@@ -278,32 +277,40 @@ def spread(frames: np.ndarray, n: int) -> np.ndarray:
     return FRAME_S * np.stack([frames[first] + edges[:-1] - first, frames[last] + edges[1:] - last], 1)
 
 
+def spoken_parts(tokenizer, ids: list[int], text: str) -> list[tuple[list[int], int]]:
+    """Tokens that are spoken and the index of the character that ends them: those of token_runs, where signs and
+    spaces, which have no sound, go with the tokens that they follow, and opening brackets with the next."""
+    parts = []
+    for tokens, characters in token_runs(tokenizer, ids, text):
+        spoken = re.search(r"\w", text[characters[0] : characters.stop])
+        if parts and not spoken and text[characters[0]] not in NOT_LAST + " ":
+            parts[-1] = parts[-1][0], characters.stop
+        elif parts and not parts[-1][0]:
+            parts[-1] = list(tokens) if spoken else [], characters.stop
+        else:
+            parts.append((list(tokens) if spoken else [], characters.stop))
+    if len(parts) > 1 and not parts[-1][0]:
+        parts[-2:] = [(parts[-2][0], parts[-1][1])]
+    return parts
+
+
 def set_times(segment: Segment, tokenizer, ids: list[int], weights) -> None:
     """Give a segment, whose text is set, the times of its characters; weights as cross_attention yields them.
 
-    Signs and spaces have no sound: only the tokens of other characters take part, and only the loud frames, so that
-    nothing is drawn into a pause. Where the alignment is doubtful, the characters share the loud frames evenly.
+    Only the tokens that are spoken and the loud frames take part, so that nothing is drawn into a pause. Where the
+    alignment is doubtful, the characters share the loud frames evenly.
     """
-    full = re.sub(common.CONTROL, " ", tokenizer.decode(ids, skip_special_tokens=True))
-    sounding = {match.start() for match in re.finditer(SOUND, full)} or {*range(len(full))}
-    runs = token_runs(tokenizer, ids, tokenizer.decode(ids, skip_special_tokens=True))
-    n_left_out = len(full) - len(full.lstrip())
-    segment.breaks = {characters[0] - n_left_out for _, characters in runs}
-    runs = [(tokens, [i for i in characters if i in sounding]) for tokens, characters in runs]
-    tokens = [i for tokens, characters in runs for i in tokens if characters]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    n_left_out = len(text) - len(re.sub(common.CONTROL, " ", text).lstrip())
+    segment.breaks = {characters[0] - n_left_out for _, characters in token_runs(tokenizer, ids, text)}
+    parts = spoken_parts(tokenizer, ids, text)
+    tokens = [i for of_part, _ in parts for i in of_part]
     frames = segment.loud[segment.loud < weights.shape[-1]]
     path = align(weights[:, tokens][:, :, frames])
-    segment.aligned, spans = path is not None, np.full((len(full), 2), np.nan)
-    spans[sorted(sounding)] = spread(frames, len(sounding))
-    for run, characters in runs if segment.aligned else []:
-        if characters:
-            spans[characters] = spread(frames[np.isin(path, np.searchsorted(tokens, run))], len(characters))
-    for i in range(1, len(full)):  # a sign goes with what it follows
-        if np.isnan(spans[i, 0]) and full[i] not in NOT_LAST + " ":
-            spans[i] = spans[i - 1, 1]
-    for i in reversed(range(len(full) - 1)):  # the others with what follows them
-        if np.isnan(spans[i, 0]):
-            spans[i] = spans[i + 1, 0]
+    segment.aligned, spans, n_done = path is not None, spread(frames, len(text)), 0
+    for of_part, end in parts if segment.aligned else []:
+        spans[n_done:end] = spread(frames[np.isin(path, np.searchsorted(tokens, of_part))], end - n_done)
+        n_done = end
     segment.spans = segment.start + spans[n_left_out : n_left_out + len(segment.text)]
 
 
@@ -311,7 +318,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
     """Where the sentences of a text begin and end; signs alone are none."""
     edges = [0]
     for match in re.finditer(SENTENCE_END, text):
-        if re.search(SOUND, text[edges[-1] : match.end()]) and re.search(SOUND, text[match.end() :]):
+        if re.search(r"\w", text[edges[-1] : match.end()]) and re.search(r"\w", text[match.end() :]):
             edges.append(match.end())
     return list(itertools.pairwise([*edges, len(text)])) if text else []
 
@@ -357,7 +364,7 @@ def readable_parts(chunk: Segment, first: int, end: int, qualities: list[int], l
     They are cut at long pauses, and then near the middle: best at a pause, after a comma, a phrase, a token.
     """
     starts, ends = chunk.spans.T
-    places = [i for i in range(first + 1, end) if starts[first] < ends[i - 1] and starts[i] < ends[end - 1]]
+    places = range(first + 1, end)
     pauses = {i: starts[i] - ends[i - 1] for i in places}
     long = [i for i in places if pauses[i] >= LONG_PAUSE_S and qualities[i] > 1]
     fits = ends[end - 1] - starts[first] <= LONGEST_CUE_S and cells(chunk.text[first:end]) <= limits[0] * limits[1]
@@ -384,7 +391,7 @@ def cues_of(transcript: Transcript, limits: tuple[float, int]) -> list[Cue]:
                 words = [(chunk.text[i:j], starts[i], ends[j - 1]) for i, j in itertools.pairwise(edges)]
                 lines = break_lines(text, qualities[first:end], limits[0])
                 cues.append(Cue(starts[first], ends[end - 1], text, lines, words, chunk))
-    for cue, limit in zip(cues, [*(cue.start for cue in cues[1:]), transcript.duration], strict=True):
+    for cue, limit in zip(cues, [*(cue.start for cue in cues[1:]), transcript.duration], strict=False):
         cue.end = min(max(cue.end, cue.start + SHORTEST_CUE_S), cue.start + LONGEST_CUE_S, limit)
     return cues
 
@@ -428,7 +435,7 @@ def render(
         return "".join(f"{text.strip()}\n" for text in texts)
     cues = cues_of(transcript, limits)
     if extension == "tsv":
-        rows = (f"{round(1000 * c.start)}\t{round(1000 * c.end)}\t{c.text.strip()}\n" for c in cues)
+        rows = (f"{round(1000 * c.start)}\t{round(1000 * c.end)}\t{c.text.strip().replace(chr(9), ' ')}\n" for c in cues)
         return "start\tend\ttext\n" + "".join(rows)
     if extension == "json":
         rows = [json_segment(i, cue, words) for i, cue in enumerate(cues)]
