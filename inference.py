@@ -435,8 +435,8 @@ def render(
         return "".join(f"{text.strip()}\n" for text in texts)
     cues = cues_of(transcript, limits)
     if extension == "tsv":
-        rows = (f"{round(1000 * c.start)}\t{round(1000 * c.end)}\t{c.text.strip().replace(chr(9), ' ')}\n" for c in cues)
-        return "start\tend\ttext\n" + "".join(rows)
+        rows = ((f"{round(1000 * c.start)}\t{round(1000 * c.end)}", c.text.strip().replace("\t", " ")) for c in cues)
+        return "start\tend\ttext\n" + "".join(f"{times}\t{text}\n" for times, text in rows)
     if extension == "json":
         rows = [json_segment(i, cue, words) for i, cue in enumerate(cues)]
         content = {"text": full_text(transcript, language), "segments": rows, "language": language}
