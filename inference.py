@@ -9,10 +9,12 @@ The transcript goes to stdout or to files in --output-dir, and everything else t
 import argparse
 import contextlib
 import itertools
+import math
 import os
 import re
 import sys
 import time
+import unicodedata
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import common  # before torch: it sets how that is imported
+import numpy as np
 import soundfile
 import torch
 from tqdm import tqdm
@@ -33,6 +36,18 @@ AUDIO_EXTENSIONS = (
 FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
+FRAME_S = 0.02  # of the encoder's output
+QUIETER_DB = 30  # a pause is that much below the loudest part
+N_HEADS = 10  # of 40, the best in arXiv 2509.09987
+LONGEST_TOKEN_S = 2.0  # of loud sound: beyond, the alignment has left something out
+LONG_PAUSE_S = 0.7
+SHORTEST_CUE_S, LONGEST_CUE_S = 1.0, 7.0
+SENTENCE_END = r"[。！？!?]+[。！？!?」』）】〉》”\"')\]]*|[.]+[\"')\]”]*(?=\s|$)"
+# Kinsoku (JIS X 4051), as far as it matters to subtitles
+NOT_FIRST = "、。，．・：；？！」』）】〉》ー々ゝゞぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ…‥〜～,.:;?!)]}%”’ﾞﾟｰ､｡｣･"
+NOT_LAST = "「『（【〈《([{“‘｢\u200d"  # a zero-width joiner too
+JOINED = ("Mn", "Mc", "Me", "Cf", "Sk")  # Unicode categories of what changes the character before
+SPACED = r"[!-\u0dff\u10a0-\u1cff\u1e00-\u2fff\uac00-\ud7a3]"  # of scripts that put spaces between words
 STORE_KEY = f"inference.py {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
 STORE_TIMEOUT_S = 60  # in which torchrun's store answers
 SHORTEST_WAIT_S = 600  # for the other processes of torchrun, which all have about the same to do
@@ -47,6 +62,10 @@ class Segment:
     text: str = ""
     compression_ratio: float = 0.0
     token_limit: bool = False  # decoding ended at the token limit: text may be missing
+    loud: np.ndarray | None = None  # as of loud_frames
+    breaks: set[int] = field(default_factory=set)  # the characters that a token begins with
+    spans: np.ndarray | None = None  # start and end of each character, seconds from the beginning of the file, (n, 2)
+    aligned: bool = False  # the spans are from the decoder's attention
 
     @property
     def looping(self) -> bool:
@@ -97,6 +116,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output-dir", "-o", metavar="DIR", help="write files there (default: write to stdout)")
     add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt",
         help="of the transcripts; all, and srt, vtt and tsv of several files, need --output-dir (default: %(default)s)")
+    add("--max-line-width", type=common.number(int, 1), default=16, metavar="N",
+        help="full-width characters in a line of a subtitle; others count half (default: %(default)s)")  # fmt: skip
+    add("--max-line-count", type=common.number(int, 1), default=2, metavar="N",
+        help="lines of a subtitle (default: %(default)s)")  # fmt: skip
+    add("--word-timestamps", action="store_true", help="times of words in JSON")
     add("--skip-existing", action="store_true", help="skip the files whose outputs are all in --output-dir")
     return parser.parse_args(argv)
 
@@ -161,6 +185,207 @@ def plan_outputs(inputs: dict[str, str], many: bool, args: argparse.Namespace) -
     return outputs
 
 
+# --- Times and cues: token ids -> segments that people can read ---
+
+
+@dataclass
+class Cue:
+    """A sentence, or as much of one as can be read at a time; seconds from the beginning of the file."""
+
+    start: float
+    end: float
+    text: str  # a part of its chunk's text, with the space that it may begin with
+    lines: list[str]
+    words: list[tuple[str, float, float]]
+    chunk: Segment
+
+
+def loud_frames(waveform: np.ndarray) -> np.ndarray:
+    """The frames of FRAME_S that are at most QUIETER_DB below the loudest part of a chunk: (n >= 1,) int64."""
+    n = round(FRAME_S * common.SAMPLING_RATE)
+    power = np.var(np.pad(waveform, (0, -len(waveform) % n)).reshape(-1, n), axis=1)
+    loudest = min(power.max(), common.mean_squares(waveform, common.SAMPLING_RATE).max())
+    return np.flatnonzero(power >= loudest / 10 ** (QUIETER_DB / 10))
+
+
+def token_runs(tokenizer, ids: list[int], text: str) -> list[tuple[range, range]]:
+    """The fewest tokens that decode to whole characters of the text: (their indices, those of the characters)."""
+    runs, token, character = [], 0, 0
+    for i in range(1, len(ids) + 1):
+        piece = tokenizer.decode(ids[token:i], skip_special_tokens=True)
+        if piece and text.startswith(piece, character):  # the bytes of half a character decode to another one
+            runs.append((range(token, i), range(character, character + len(piece))))
+            token, character = i, character + len(piece)
+    return runs
+
+
+def cross_attention(recognizer: common.Recognizer, encoded, token_ids: list[list[int]]) -> Iterator:
+    """Where all heads look as they predict each token of a row: (n_heads, n_tokens, n_positions) float32, row by row.
+
+    One forward over the batch; from queries and keys, because fused kernels do not give the weights away.
+    """
+    decoder, prompt = recognizer.model.model.decoder, recognizer.prompt.tolist()
+    rows = [torch.tensor([*prompt, *ids[:-1]]) for ids in token_ids]
+    inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=prompt[0]).to(encoded.device)
+    layers, outputs = [layer.encoder_attn for layer in decoder.layers], []
+    with contextlib.ExitStack() as hooks:
+        for linear in itertools.chain(*((layer.q_proj, layer.k_proj) for layer in layers)):
+            hooks.enter_context(linear.register_forward_hook(lambda module, args, output: outputs.append(output)))
+        decoder(input_ids=inputs, encoder_hidden_states=encoded, use_cache=False)
+    for i, ids in enumerate(token_ids):
+        weights = []
+        for layer, queries, keys in zip(layers, outputs[::2], outputs[1::2], strict=True):
+            query = queries[i, len(prompt) - 1 : len(prompt) - 1 + len(ids)].float() * layer.scaling
+            query, key = (states.unflatten(-1, (layer.num_heads, -1)) for states in (query, keys[i].float()))
+            weights.append((query.transpose(0, 1) @ key.permute(1, 2, 0)).softmax(-1))
+        yield torch.cat(weights)
+
+
+def align(weights) -> np.ndarray | None:
+    """Which token each frame belongs to, (n_frames,) int64, from weights (n_heads, n_tokens, n_frames).
+
+    Dynamic time warping in which a token has one frame or more, and a frame one token. The heads are those with the
+    largest L2 norms of rows and columns (arXiv 2509.09987). None where a token takes LONGEST_TOKEN_S, or most tokens
+    a single frame: then the text is not what was said, or the heads look elsewhere.
+    """
+    n_heads, n_tokens, n_frames = weights.shape
+    if not 0 < n_tokens <= n_frames:
+        return None
+    scores = weights.norm(dim=1).sum(-1) + weights.norm(dim=2).sum(-1)
+    weights = weights[scores.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
+    matrix = (weights / weights.norm(dim=1, keepdim=True)).mean(0).cpu().numpy()
+    _, steps = common.import_librosa().sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))
+    path = steps[::-1, 0]
+    counts = np.bincount(path, minlength=n_tokens)
+    return None if counts.max() * FRAME_S > LONGEST_TOKEN_S or np.mean(counts == 1) > 0.5 else path
+
+
+def spread(frames: np.ndarray, n: int) -> np.ndarray:
+    """Start and end, in seconds, of n characters that share frames evenly: (n, 2)."""
+    edges = np.linspace(0, len(frames), n + 1)
+    first, last = np.floor(edges[:-1]).astype(int), np.ceil(edges[1:]).astype(int) - 1
+    return FRAME_S * np.stack([frames[first] + edges[:-1] - first, frames[last] + edges[1:] - last], 1)
+
+
+def spoken_parts(tokenizer, ids: list[int], text: str) -> list[tuple[list[int], int]]:
+    """Tokens that are spoken and the index of the character that ends them: those of token_runs, where signs and
+    spaces, which have no sound, go with the tokens that they follow, and opening brackets with the next."""
+    parts = []
+    for tokens, characters in token_runs(tokenizer, ids, text):
+        spoken = re.search(r"\w", text[characters[0] : characters.stop])
+        if parts and not spoken and text[characters[0]] not in NOT_LAST + " ":
+            parts[-1] = parts[-1][0], characters.stop
+        elif parts and not parts[-1][0]:
+            parts[-1] = list(tokens) if spoken else [], characters.stop
+        else:
+            parts.append((list(tokens) if spoken else [], characters.stop))
+    if len(parts) > 1 and not parts[-1][0]:
+        parts[-2:] = [(parts[-2][0], parts[-1][1])]
+    return parts
+
+
+def set_times(segment: Segment, tokenizer, ids: list[int], weights) -> None:
+    """Give a segment, whose text is set, the times of its characters; weights as cross_attention yields them.
+
+    Only the tokens that are spoken and the loud frames take part, so that nothing is drawn into a pause. Where the
+    alignment is doubtful, the characters share the loud frames evenly.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    n_left_out = len(text) - len(re.sub(common.CONTROL, " ", text).lstrip())
+    segment.breaks = {characters[0] - n_left_out for _, characters in token_runs(tokenizer, ids, text)}
+    parts = spoken_parts(tokenizer, ids, text)
+    tokens = [i for of_part, _ in parts for i in of_part]
+    frames = segment.loud[segment.loud < weights.shape[-1]]
+    path = align(weights[:, tokens][:, :, frames])
+    segment.aligned, spans, n_done = path is not None, spread(frames, len(text)), 0
+    for of_part, end in parts if segment.aligned else []:
+        spans[n_done:end] = spread(frames[np.isin(path, np.searchsorted(tokens, of_part))], end - n_done)
+        n_done = end
+    segment.spans = segment.start + spans[n_left_out : n_left_out + len(segment.text)]
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Where the sentences of a text begin and end; signs alone are none."""
+    edges = [0]
+    for match in re.finditer(SENTENCE_END, text):
+        if re.search(r"\w", text[edges[-1] : match.end()]) and re.search(r"\w", text[match.end() :]):
+            edges.append(match.end())
+    return list(itertools.pairwise([*edges, len(text)])) if text else []
+
+
+def break_qualities(text: str, breaks: set[int]) -> list[int]:
+    """How good it is to break a text before each character: 0 never, 1 in a word, 2 after a token, 3 after a phrase,
+    4 at a comma or space. breaks: the characters that a token begins with."""
+    qualities = [0] * len(text)
+    for i, (before, after) in enumerate(itertools.pairwise(text), start=1):
+        first = text[i:].lstrip()[:1]
+        if before.isspace() or before in NOT_LAST or first in NOT_FIRST or unicodedata.category(after) in JOINED:
+            continue
+        if after.isspace() or before in "、，,;；：":
+            qualities[i] = 4
+        elif i not in breaks or (re.fullmatch(SPACED, before) and re.fullmatch(SPACED, after)):
+            qualities[i] = 1
+        else:
+            qualities[i] = 3 if re.fullmatch("[ぁ-ん][^ぁ-ん]", before + after) else 2
+    return qualities
+
+
+def cells(text: str) -> float:
+    """The width of a text without the spaces around it, in full-width characters."""
+    return sum(1 if unicodedata.east_asian_width(character) in "WF" else 0.5 for character in text.strip())
+
+
+def break_lines(text: str, qualities: list[int], width: float) -> list[str]:
+    """The lines of a text, as few as there can be, broken at the best places; qualities: of those in the text."""
+    lines, first = [], 0
+    while (rest := cells(text[first:])) > width:
+        fitting = [i for i in range(first + 1, len(text)) if cells(text[first:i]) <= width]
+        few = [i for i in fitting if cells(text[i:]) <= width * (math.ceil(rest / width) - 1)]
+        places = [i for i in few if qualities[i]] or [i for i in fitting if qualities[i]] or fitting[-1:]
+        cut = max(places, key=lambda i: (qualities[i], -abs(2 * i - first - len(text))))
+        lines.append(text[first:cut].strip())
+        first = cut
+    return [*lines, text[first:].strip()]
+
+
+def readable_parts(chunk: Segment, first: int, end: int, qualities: list[int], limits: tuple) -> list[tuple[int, int]]:
+    """Parts of a chunk's text from first to end that keep to limits (cells in a line, lines) and to LONGEST_CUE_S.
+
+    They are cut at long pauses, and then near the middle: best at a pause, after a comma, a phrase, a token.
+    """
+    starts, ends = chunk.spans.T
+    places = range(first + 1, end)
+    pauses = {i: starts[i] - ends[i - 1] for i in places}
+    long = [i for i in places if pauses[i] >= LONG_PAUSE_S and qualities[i] > 1]
+    fits = ends[end - 1] - starts[first] <= LONGEST_CUE_S and cells(chunk.text[first:end]) <= limits[0] * limits[1]
+    fits = fits and len(break_lines(chunk.text[first:end], qualities[first:end], limits[0])) <= limits[1]
+    if not places or (fits and not long):
+        return [(first, end)]
+
+    def goodness(i: int) -> float:
+        return (qualities[i] or -100) + 3 * min(pauses[i], 1) - 6 * ((2 * i - first - end) / (end - first)) ** 2
+
+    cut = max(long or places, key=goodness)
+    return [*readable_parts(chunk, first, cut, qualities, limits), *readable_parts(chunk, cut, end, qualities, limits)]
+
+
+def cues_of(transcript: Transcript, limits: tuple[float, int]) -> list[Cue]:
+    """The cues of a file, together all of its text; limits as of readable_parts."""
+    cues = []
+    for chunk in transcript.segments:
+        qualities = break_qualities(chunk.text, chunk.breaks)
+        for sentence in sentences(chunk.text):
+            for first, end in readable_parts(chunk, *sentence, qualities, limits):
+                text, (starts, ends) = chunk.text[first:end], chunk.spans.T
+                edges = [first, *(i for i in range(first + 1, end) if qualities[i] > 1), end]
+                words = [(chunk.text[i:j], starts[i], ends[j - 1]) for i, j in itertools.pairwise(edges)]
+                lines = break_lines(text, qualities[first:end], limits[0])
+                cues.append(Cue(starts[first], ends[end - 1], text, lines, words, chunk))
+    for cue, limit in zip(cues, [*(cue.start for cue in cues[1:]), transcript.duration], strict=False):
+        cue.end = min(max(cue.end, cue.start + SHORTEST_CUE_S), cue.start + LONGEST_CUE_S, limit)
+    return cues
+
+
 # --- Writing ---
 
 
@@ -177,42 +402,56 @@ def full_text(transcript: Transcript, language: str) -> str:
     return ("" if language in UNSPACED_LANGUAGES else " ").join(segment.text for segment in transcript.segments)
 
 
-def render(transcript: Transcript, extension: str, language: str) -> str:
-    """The content of an output file, in the format of openai/whisper's writers; language is that of the text."""
-    segments = transcript.segments
+def json_segment(i: int, cue: Cue, word_timestamps: bool) -> dict:
+    """A segment of openai/whisper's JSON, with what is known of the chunk that it comes from."""
+    chunk = cue.chunk
+    content = {"id": i, "start": round(cue.start, 3), "end": round(cue.end, 3), "text": cue.text}
+    content |= {"compression_ratio": round(chunk.compression_ratio, 3), "token_limit": chunk.token_limit}
+    content |= {"looping": chunk.looping, "times": "aligned" if chunk.aligned else "proportional"}
+    if word_timestamps:
+        content["words"] = [{"word": w, "start": round(s, 3), "end": round(e, 3)} for w, s, e in cue.words]
+    return content
+
+
+def render(
+    transcript: Transcript, extension: str, language: str, limits: tuple[float, int] = (16, 2), words: bool = False
+) -> str:
+    """The content of an output file, in the format of openai/whisper's writers; language is that of the text.
+
+    limits as of cues_of, for the cues of subtitles; txt needs no times, and has a line for each sentence.
+    """
     if extension == "txt":
-        return "".join(f"{s.text}\n" for s in segments)
+        texts = (s.text[first:end] for s in transcript.segments for first, end in sentences(s.text))
+        return "".join(f"{text.strip()}\n" for text in texts)
+    cues = cues_of(transcript, limits)
     if extension == "tsv":
-        rows = (f"{round(1000 * s.start)}\t{round(1000 * s.end)}\t{s.text.replace(chr(9), ' ')}\n" for s in segments)
-        return "start\tend\ttext\n" + "".join(rows)
+        rows = ((f"{round(1000 * c.start)}\t{round(1000 * c.end)}", c.text.strip().replace("\t", " ")) for c in cues)
+        return "start\tend\ttext\n" + "".join(f"{times}\t{text}\n" for times, text in rows)
     if extension == "json":
-        rows = [
-            {"id": i, "start": round(s.start, 3), "end": round(s.end, 3), "text": s.text,
-             "compression_ratio": round(s.compression_ratio, 3), "token_limit": s.token_limit, "looping": s.looping}
-            for i, s in enumerate(segments)
-        ]  # fmt: skip
+        rows = [json_segment(i, cue, words) for i, cue in enumerate(cues)]
         content = {"text": full_text(transcript, language), "segments": rows, "language": language}
         content |= {"duration": round(transcript.duration, 3), "path": transcript.path}
         return common.to_json(content) + "\n"
     srt = extension == "srt"
-    mark = "," if srt else "."
-    cues = "" if srt else "WEBVTT\n\n"
-    for i, s in enumerate(segments, start=1):
-        times = f"{timestamp(s.start, mark, srt)} --> {timestamp(s.end, mark, srt)}"
-        cues += (f"{i}\n" if srt else "") + f"{times}\n{s.text.replace('-->', '->')}\n\n"
-    return cues
+    mark, content = "," if srt else ".", "" if srt else "WEBVTT\n\n"
+    for i, cue in enumerate(cues, start=1):
+        times = f"{timestamp(cue.start, mark, srt)} --> {timestamp(cue.end, mark, srt)}"
+        shown = "\n".join(cue.lines).replace("-->", "->")
+        content += (f"{i}\n" if srt else "") + f"{times}\n{shown}\n\n"
+    return content
 
 
 def deliver(transcript: Transcript, outputs: list[str], args: argparse.Namespace, many: bool) -> None:
     """Write a transcript to its output files, or to stdout where it has none; what fails becomes its error."""
+    how = args.text_language, (args.max_line_width, args.max_line_count), args.word_timestamps
     if not outputs and many and args.output_format == "txt":
         path = common.one_line(transcript.path)
         common.write_stdout(f"{path}\t{full_text(transcript, args.text_language)}\n")
     elif not outputs:
-        common.write_stdout(render(transcript, args.output_format, args.text_language))
+        common.write_stdout(render(transcript, args.output_format, *how))
     for output in outputs:
         try:
-            common.write_whole(output, render(transcript, output.rpartition(".")[2], args.text_language))
+            common.write_whole(output, render(transcript, output.rpartition(".")[2], *how))
         except OSError as error:
             transcript.error = f"cannot write {output}: {error.strerror}"
 
@@ -273,8 +512,10 @@ def read_files(paths: Iterable[str], extractor, chunk_length_s: float) -> Iterat
         transcript = Transcript(path)
         try:
             for start, end, waveform in common.read_chunks(path, chunk_length_s):
-                features = None if waveform is None else common.extract_features(extractor, waveform)
-                yield transcript, Segment(start, end), features
+                features, segment = None, Segment(start, end)
+                if waveform is not None:
+                    features, segment.loud = common.extract_features(extractor, waveform), loud_frames(waveform)
+                yield transcript, segment, features
         except common.AudioError as error:
             transcript.error = str(error)
         except MemoryError:
@@ -309,16 +550,36 @@ def batches(chunks: Iterable[tuple], batch_size: int) -> Iterator[list[tuple]]:
     yield batch
 
 
-def recognize(recognizer: common.Recognizer, batch: list[tuple], max_new_tokens: int, batch_size: int) -> int:
-    """Give the segments of a batch, as read_files yields them, their texts; the batch size that fits the device.
+def recognize_part(recognizer: common.Recognizer, part: list[tuple], max_new_tokens: int, timed: bool) -> None:
+    """Give the segments of as many chunks as the device takes at once their texts and times. Raises DeviceError."""
+    model, tokenizer = recognizer.model, recognizer.tokenizer
+    with torch.inference_mode(), common.device_errors(model.device):
+        encoded = common.encode(model, torch.cat([features for *_, features in part]).to(model.device, model.dtype))
+        token_ids, _ = common.decode(recognizer, encoded, max_new_tokens)
+        for (_, segment, _), ids in zip(part, token_ids, strict=True):
+            segment.text = re.sub(common.CONTROL, " ", tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            data = segment.text.encode()
+            segment.compression_ratio = len(data) / len(zlib.compress(data))
+            segment.token_limit = ids[-1] != tokenizer.eos_token_id
+        for i, weights in enumerate(cross_attention(recognizer, encoded, token_ids) if timed else []):
+            set_times(part[i][1], tokenizer, token_ids[i], weights)
+
+
+def recognize(
+    recognizer: common.Recognizer, batch: list[tuple], max_new_tokens: int, batch_size: int, timed: bool = False
+) -> int:
+    """Give the segments of a batch, as read_files yields them, their texts and, where timed, the times of these.
+
+    Returns the batch size that fits the device.
 
     Raises DeviceError.
     """
-    features, token_ids = [features for *_, features in batch], []
-    while len(token_ids) < len(features):
-        part = features[len(token_ids) : len(token_ids) + batch_size]
+    n_done = 0
+    while n_done < len(batch):
+        part = batch[n_done : n_done + batch_size]
         try:
-            token_ids += common.generate(recognizer, part, max_new_tokens)[0]
+            recognize_part(recognizer, part, max_new_tokens, timed)
+            n_done += len(part)
             continue
         except common.OutOfMemoryError:
             if len(part) == 1:
@@ -326,21 +587,18 @@ def recognize(recognizer: common.Recognizer, batch: list[tuple], max_new_tokens:
         batch_size = len(part) // 2
         if recognizer.model.device.type != "cpu":
             getattr(torch, recognizer.model.device.type).empty_cache()  # here, where no error holds the tensors
-    for (transcript, segment, _), ids in zip(batch, token_ids, strict=True):
-        text = recognizer.tokenizer.decode(ids, skip_special_tokens=True)
-        segment.text = re.sub(common.CONTROL, " ", text).strip()
-        data = segment.text.encode()
-        segment.compression_ratio = len(data) / len(zlib.compress(data))
-        segment.token_limit = ids[-1] != recognizer.tokenizer.eos_token_id
+    for transcript, segment, _ in batch:
         transcript.segments.append(segment)
     return batch_size
 
 
 def transcribe(
     recognizer: common.Recognizer, paths: Iterable[str], max_new_tokens: int, chunk_length_s: float, batch_size: int,
-    on_progress: Callable[[float], None] = lambda seconds: None,
+    on_progress: Callable[[float], None] = lambda seconds: None, timed: bool = False,
 ) -> Iterator[Transcript]:  # fmt: skip
     """The transcript of each file, in order; on_progress is told the seconds of audio done since it was last called.
+
+    timed: align the characters with the audio.
 
     Chunks of several files share a batch, and an accelerator decodes one while the next is read. Where the device
     fails, the files of the batch have failed, for nothing that comes back from it can be believed, and then DeviceError
@@ -353,7 +611,8 @@ def transcribe(
     for batch in batches(chunks, batch_size):
         before = fitting
         try:
-            fitting = recognize(recognizer, [chunk for chunk in batch if chunk[2] is not None], max_new_tokens, before)
+            decoded = [chunk for chunk in batch if chunk[2] is not None]
+            fitting = recognize(recognizer, decoded, max_new_tokens, before, timed)
         except common.DeviceError as error:
             for transcript in dict.fromkeys(transcript for transcript, *_ in batch):
                 transcript.error = transcript.error or str(error)
@@ -428,6 +687,7 @@ def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool
         results = transcribe(
             recognizer, paths, args.max_new_tokens, args.chunk_length,
             args.batch_size or common.default_batch_size(device), on_progress=bar.update,
+            timed=args.output_format != "txt",
         )  # fmt: skip
         try:
             for transcript in results:

@@ -43,8 +43,11 @@ def one_line(err: str) -> str:
 SEGMENTS = [
     inference.Segment(0.0, 2.5, "こんにちは", 0.8),
     inference.Segment(59.9996, 3599.9996, "a --> b\tc", 3.0, token_limit=True),
-    inference.Segment(3600.5, 363600.25, "終わり"),
+    inference.Segment(363599.5, 363600.25, "終わり"),
 ]
+for segment, end in zip(SEGMENTS, (2.5, 64.9996, 363600.25), strict=True):  # spoken at an even pace
+    edges = np.linspace(segment.start, end, len(segment.text) + 1)
+    segment.spans = np.stack([edges[:-1], edges[1:]], 1)
 TRANSCRIPT = inference.Transcript("audio/x.wav", SEGMENTS, 363600.25)
 
 
@@ -52,16 +55,16 @@ TRANSCRIPT = inference.Transcript("audio/x.wav", SEGMENTS, 363600.25)
     "extension, expected",
     [
         ("txt", "こんにちは\na --> b\tc\n終わり\n"),
-        ("tsv", "start\tend\ttext\n0\t2500\tこんにちは\n60000\t3600000\ta --> b c\n3600500\t363600250\t終わり\n"),
+        ("tsv", "start\tend\ttext\n0\t2500\tこんにちは\n60000\t65000\ta --> b c\n363599500\t363600250\t終わり\n"),
         (
             "srt",
-            "1\n00:00:00,000 --> 00:00:02,500\nこんにちは\n\n2\n00:01:00,000 --> 01:00:00,000\na -> b\tc\n\n"
-            "3\n01:00:00,500 --> 101:00:00,250\n終わり\n\n",
+            "1\n00:00:00,000 --> 00:00:02,500\nこんにちは\n\n2\n00:01:00,000 --> 00:01:05,000\na -> b\tc\n\n"
+            "3\n100:59:59,500 --> 101:00:00,250\n終わり\n\n",
         ),
         (
             "vtt",
-            "WEBVTT\n\n00:00.000 --> 00:02.500\nこんにちは\n\n01:00.000 --> 01:00:00.000\na -> b\tc\n\n"
-            "01:00:00.500 --> 101:00:00.250\n終わり\n\n",
+            "WEBVTT\n\n00:00.000 --> 00:02.500\nこんにちは\n\n01:00.000 --> 01:05.000\na -> b\tc\n\n"
+            "100:59:59.500 --> 101:00:00.250\n終わり\n\n",
         ),
     ],
 )
@@ -76,8 +79,8 @@ def test_json():
     assert content["text"] == "こんにちはa --> b\tc終わり"
     assert (content["language"], content["duration"], content["path"]) == ("ja", 363600.25, "audio/x.wav")
     assert content["segments"][1] == {
-        "id": 1, "start": 60.0, "end": 3600.0, "text": "a --> b\tc", "compression_ratio": 3.0, "token_limit": True,
-        "looping": True,
+        "id": 1, "start": 60.0, "end": 65.0, "text": "a --> b\tc", "compression_ratio": 3.0, "token_limit": True,
+        "looping": True, "times": "proportional",
     }  # fmt: skip
     assert not content["segments"][0]["looping"] and not content["segments"][0]["token_limit"]
 
@@ -148,7 +151,7 @@ def test_a_folder_is_searched_and_its_tree_kept(audio, infer, tmp_path):
     assert written == {f"{n}.{e}" for n in ("hello", "long", "deep/er/bye") for e in inference.FORMATS}
     assert (tmp_path / "new/out/deep/er/bye.txt").read_text() == "さようなら\n"
     [segment] = json.loads((tmp_path / "new/out/hello.json").read_text())["segments"]
-    assert (segment["start"], segment["end"], segment["text"]) == (0.0, 2.1, "こんにちは")
+    assert (segment["start"], segment["end"], segment["text"]) == (0.1, 2.02, "こんにちは")
 
 
 def test_a_rerun_overwrites_its_outputs(audio, infer, tmp_path):
@@ -455,8 +458,9 @@ def test_on_a_terminal_a_name_may_be_any_bytes(audio, tmp_path):
 def test_help_states_every_option_and_default():
     result = run("inference.py", "--help")
     for option in ("audio", "language", "task", "device", "dtype", "model", "max-new-tokens", "chunk-length",
-                   "batch-size", "output-dir", "output-format", "skip-existing"):  # fmt: skip
+                   "batch-size", "output-dir", "output-format", "skip-existing", "max-line-width", "max-line-count",
+                   "word-timestamps"):  # fmt: skip
         assert f"--{option}" in result.stdout
     text = " ".join(result.stdout.split())
-    assert text.count("default:") == 10 and "(default: kotoba-tech/kotoba-whisper-v2.0)" in text
+    assert text.count("default:") == 12 and "(default: kotoba-tech/kotoba-whisper-v2.0)" in text
     assert result.returncode == 0

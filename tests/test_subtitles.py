@@ -1,0 +1,281 @@
+"""Times and cues: against the truth of tone speech, over random texts, and over the model's published predictions."""
+import csv
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+
+import common
+import numpy as np
+import pytest
+import srt
+import torch
+import webvtt
+from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, write
+from tone_speech import KANA, SLOT_S, TONE_S, synthesize, tone
+
+import inference
+
+PUBLISHED = ROOT.parent / "shared" / "data" / "kotoba-published" / "reazonspeech_test.csv"
+LIMITS = (16, 2)
+
+
+def timed_speech(rng: np.random.Generator) -> tuple[np.ndarray, str, list[float]]:
+    """As the tiny model's training has it, pauses, leading silence, levels and noise: waveform, text, true starts."""
+    t, pieces = rng.uniform(0, 0.5), []
+    for i in range(rng.integers(2, 21)):
+        t += rng.uniform(0.3, 1.5) if i and rng.random() < 0.12 else 0
+        pieces.append((t, KANA[rng.integers(len(KANA))]))
+        t += SLOT_S
+    waveform = np.zeros(round((t + rng.uniform(0, 1)) * 16_000))
+    for start, kana in pieces:
+        chord = tone(kana, 16_000) * rng.uniform(0.6, 1.1)
+        waveform[round(start * 16_000) :][: len(chord)] += chord
+    waveform = waveform * 10 ** rng.uniform(-1, 0.2) + rng.normal(0, 10 ** rng.uniform(-5, -2.5), len(waveform))
+    return waveform.astype(np.float32), "".join(kana for _, kana in pieces), [start for start, _ in pieces]
+
+
+def measure(device: str, dtype: str, n: int = 200) -> dict[str, float]:
+    """How far the starts and ends of n texts' characters are from the truth, in seconds."""
+    where, _ = common.select_device(device)
+    recognizer = common.load_model(MODEL, where, common.select_dtype(dtype, where))
+    rng, errors, end_errors, n_aligned, n_exact = np.random.default_rng(13), [], [], 0, 0
+    speech = [timed_speech(rng) for _ in range(n)]
+    chunks = [
+        (inference.Transcript(""), inference.Segment(0, len(waveform) / 16_000, loud=inference.loud_frames(waveform)),
+         common.extract_features(recognizer.extractor, waveform)) for waveform, *_ in speech
+    ]  # fmt: skip
+    for first in range(0, n, 16):
+        inference.recognize(recognizer, chunks[first : first + 16], 64, 16, timed=True)
+    for (_, segment, _), (_, text, starts) in zip(chunks, speech, strict=True):
+        if segment.text == text:  # else there is no telling which character is which
+            n_exact += 1
+            n_aligned += segment.aligned
+            errors += list(segment.spans[:, 0] - starts)
+            end_errors += list(segment.spans[:, 1] - np.array(starts) - TONE_S)
+    return {
+        "exact": n_exact, "proportional": n_exact - n_aligned, "starts": len(errors), "bias": np.median(errors),
+        "median": np.median(np.abs(errors)), "90 %": np.quantile(np.abs(errors), 0.9), "worst": np.abs(errors).max(),
+        "ends, median": np.median(np.abs(end_errors)), "ends, 90 %": np.quantile(np.abs(end_errors), 0.9),
+    }  # fmt: skip
+
+
+def check(figures: dict[str, float], label: str) -> None:
+    print(label, " ".join(f"{name} {value:.3g}" for name, value in figures.items()))
+    assert figures["exact"] >= 65 and figures["proportional"] <= 0.05 * figures["exact"]
+    assert figures["median"] <= 0.1 and figures["90 %"] <= 0.25
+
+
+@pytest.mark.parametrize("dtype, n", [("float32", 200), ("bfloat16", 70)])
+def test_characters_begin_when_they_are_spoken(dtype, n):
+    check(measure("cpu", dtype, n), f"cpu, {dtype}:")
+
+
+@needs_fake
+def test_characters_begin_when_they_are_spoken_on_the_npu():
+    code = "import json, test_subtitles; print(json.dumps(test_subtitles.measure('npu', 'float16', 70)))"
+    path = os.pathsep.join(map(str, (FAKE_NPU, ROOT, ROOT / "tests")))
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    check(json.loads(result.stdout), "npu, float16:")
+
+
+def align(recognizer, waveform: np.ndarray, text: str) -> inference.Segment:
+    """A segment that says text, whatever was spoken, with its times."""
+    segment = inference.Segment(0, len(waveform) / 16_000, text.strip(), loud=inference.loud_frames(waveform))
+    features = common.extract_features(recognizer.extractor, waveform)
+    ids = [*recognizer.tokenizer(text, add_special_tokens=False).input_ids, recognizer.tokenizer.eos_token_id]
+    with torch.inference_mode():
+        encoded = common.encode(recognizer.model, features)
+        [weights] = inference.cross_attention(recognizer, encoded, [ids])
+    inference.set_times(segment, recognizer.tokenizer, ids, weights)
+    return segment
+
+
+def test_the_attention_is_that_of_transformers(recognizer):
+    """Against output_attentions of the eager attention; also in a batch, with a row shorter than another."""
+    import transformers
+
+    eager = transformers.WhisperForConditionalGeneration.from_pretrained(
+        MODEL, dtype=torch.float32, attn_implementation="eager"
+    )
+    features = common.extract_features(recognizer.extractor, synthesize("こんにちは"))
+    rows = [recognizer.tokenizer(text, add_special_tokens=False).input_ids for text in ("こんにちは", "こん")]
+    with torch.inference_mode():
+        encoded = common.encode(recognizer.model, features).expand(2, -1, -1)
+        ours = list(inference.cross_attention(recognizer, encoded, rows))
+        for ids, weights in zip(rows, ours, strict=True):
+            inputs = torch.tensor([[*recognizer.prompt.tolist(), *ids[:-1]]])
+            theirs = eager(input_features=features, decoder_input_ids=inputs, output_attentions=True).cross_attentions
+            torch.testing.assert_close(weights, torch.cat(theirs, 1)[0, :, common.PROMPT_LENGTH - 1 :])
+
+
+@pytest.mark.parametrize("said, text, why", [
+    ("こんにちは", "", "no text"), ("あ", "さようなら" * 40, "more tokens than frames"),
+    ("さようならまたあしたあいたい", "き", "a token of more than 2 s"),
+])  # fmt: skip
+def test_a_doubtful_alignment_shares_the_loud_frames(recognizer, said, text, why):
+    segment = align(recognizer, synthesize(said, lead_s=1.0), text)
+    assert not segment.aligned, why
+    if text:
+        assert segment.spans[0, 0] == pytest.approx(1, abs=0.03) and (np.diff(segment.spans) > 0).all()
+
+
+def test_bytes_of_one_character_share_its_time(recognizer):
+    """The tiny model's tokens have no kanji and no emoji: each takes three or four tokens there."""
+    segment = align(recognizer, synthesize("こんにちは"), "こ漢😀「ち。」は")
+    assert segment.breaks == {*range(len(segment.text))} and len(segment.spans) == len(segment.text)
+    assert (np.diff(segment.spans) > 0).all() and (np.diff(segment.spans[:, 0]) > 0).all()
+
+
+# --- cues ---
+
+
+def chunk_of(text: str, start: float, seconds: float, rng: random.Random, tokens: bool) -> inference.Segment:
+    """A chunk whose characters are spoken at random times, some after long pauses."""
+    segment = inference.Segment(start, start + seconds, text.strip(), aligned=True)
+    segment.breaks = {i for i in range(len(text)) if rng.random() < 0.6 or not tokens}
+    n = len(segment.text)
+    segment.spans = np.sort([rng.uniform(0, seconds) for _ in range(2 * n)]).reshape(n, 2)
+    silent = [i for i in range(1, n) if not re.match(r"\w", segment.text[i])]
+    segment.spans[silent, 0] = segment.spans[[i - 1 for i in silent], 1]
+    segment.spans += start
+    return segment
+
+
+ALPHABETS = {
+    "kana": "あいうえおかきくけこさしすせそんっゃょー",
+    "mixed": "日本語はカタカナとABC、xyz 123。「」！？ーっ",
+    "english": "abcdefgh    ,.'-?",
+    "emoji": "😀👍🏽👨‍👩‍👧🇯🇵é♪あ",
+    "signs": "、。！？」』）ーっょ「（『",
+    "spaces": "あ a　b",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+@pytest.mark.parametrize("limits", [(16, 2), (13, 2), (5, 1)], ids=str)
+def test_cues_lose_nothing_overlap_nowhere_and_keep_the_limits(alphabet, limits):
+    rng = random.Random(f"{alphabet} {limits}")
+    for _ in range(30):
+        n_chunks, chunks = rng.randrange(1, 4), []
+        for i in range(n_chunks):
+            text = "".join(rng.choice(ALPHABETS[alphabet]) for _ in range(rng.choice([1, 5, 40, 100, 400])))
+            chunks.append(chunk_of(text, 15.0 * i, 15.0, rng, tokens=rng.random() < 0.7))
+        transcript = inference.Transcript("x.wav", chunks, 15.0 * n_chunks)
+        cues = inference.cues_of(transcript, limits)
+        for chunk in chunks:
+            assert "".join(cue.text for cue in cues if cue.chunk is chunk) == chunk.text
+        assert all("".join(word for word, *_ in cue.words) == cue.text for cue in cues)
+        for cue, following in zip(cues, [*cues[1:], None], strict=False):
+            assert 0 <= cue.start <= cue.end <= (following.start if following else transcript.duration)
+            assert cue.end - cue.start <= 7 or len(cue.text) == 1
+            assert re.sub(r"\s", "", "".join(cue.lines)) == re.sub(r"\s", "", cue.text)
+            assert max(map(inference.cells, cue.lines)) <= limits[0]
+            if re.search(r"\w", cue.text):
+                assert len(cue.lines) <= limits[1]
+        check_kinsoku(cues)
+        check_subtitles(transcript, cues, limits)
+
+
+def check_kinsoku(cues: list[inference.Cue]) -> None:
+    """No line begins or ends with what must not stand there, unless nothing else was possible."""
+    for cue in cues:
+        qualities = inference.break_qualities(cue.text, set())
+        for before, after in zip(cue.lines, cue.lines[1:], strict=False):
+            if after[0] in "、。！？」』）ーっょ" or before[-1] in "「『（":
+                first = cue.text.index(before)
+                assert not any(qualities[first + 1 : first + len(before) + 1]), cue.lines
+
+
+def check_subtitles(transcript: inference.Transcript, cues: list[inference.Cue], limits: tuple) -> None:
+    """SRT and WebVTT are read back by other programs' parsers as they were meant."""
+    shown = ["\n".join(cue.lines) for cue in cues]
+    subtitles = list(srt.parse(inference.render(transcript, "srt", "ja", limits)))
+    assert [subtitle.content for subtitle in subtitles] == shown
+    assert [subtitle.index for subtitle in subtitles] == list(range(1, len(cues) + 1))
+    captions = webvtt.from_string(inference.render(transcript, "vtt", "ja", limits))
+    assert [caption.text for caption in captions] == shown
+    for cue, subtitle, caption in zip(cues, subtitles, captions, strict=True):
+        assert subtitle.start.total_seconds() == pytest.approx(cue.start, abs=0.001)
+        assert caption.end_in_seconds == pytest.approx(cue.end, abs=1)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("はい。そうです。", ["はい。", "そうです。"]), ("本当？！うん", ["本当？！", "うん"]),
+    ("「はい。」そう", ["「はい。」", "そう"]), ("3.5 is it. Yes", ["3.5 is it.", " Yes"]), ("。あ。。", ["。あ。。"]),
+    ("今日は晴れ!でも寒い?うん", ["今日は晴れ!", "でも寒い?", "うん"]), ("", []),
+])  # fmt: skip
+def test_sentences(text, expected):
+    assert [text[first:end] for first, end in inference.sentences(text)] == expected
+    assert "".join(expected) == text
+
+
+def test_lines_break_at_spaces_and_commas():
+    def lines(text: str, width: float) -> list[str]:
+        return inference.break_lines(text, inference.break_qualities(text, set(range(len(text)))), width)
+
+    assert lines("The quick brown fox jumps over it", 10) == ["The quick brown", "fox jumps over it"]
+    assert lines("今日はいい天気なので、散歩に行きました", 13) == ["今日はいい天気なので、", "散歩に行きました"]
+    assert lines("iPhoneを買いました", 8) == ["iPhoneを", "買いました"]
+
+
+def test_a_cue_is_cut_at_a_long_pause_and_ends_with_the_speech(tmp_path, transcribe):
+    text = "こんにちは、、さようなら"
+    [transcript] = transcribe(write(tmp_path / "a.wav", synthesize(text, pause_s=1.0)), timed=True)
+    first, second = inference.cues_of(transcript, LIMITS)
+    assert (first.text, second.text) == tuple(re.split("、+", text))
+    assert first.start == pytest.approx(0.1, abs=0.1) and first.end == pytest.approx(0.1 + 5 * SLOT_S, abs=0.2)
+    assert second.start == pytest.approx(0.1 + 5 * SLOT_S + 2, abs=0.1)
+
+
+def test_a_short_cue_stays_a_second_where_the_next_allows(tmp_path, transcribe):
+    [transcript] = transcribe(write(tmp_path / "a.wav", synthesize("き、、さようなら", pause_s=1.0)), timed=True)
+    first, _ = inference.cues_of(transcript, LIMITS)
+    assert first.end - first.start == pytest.approx(1)
+
+
+def test_words_and_what_is_known_of_the_chunk(tmp_path, infer):
+    path = write(tmp_path / "a.wav", synthesize("こんにちは、、さようなら"))
+    _, out, _ = infer("--audio", path, "-f", "json", "--word-timestamps")
+    segments = json.loads(out)["segments"]
+    assert [segment["text"] for segment in segments] == ["こんにちは", "さようなら"]
+    for segment in segments:
+        assert segment["times"] == "aligned" and not segment["looping"] and not segment["token_limit"]
+        assert "".join(word["word"] for word in segment["words"]) == segment["text"]
+        assert all(word["start"] < word["end"] for word in segment["words"])
+    assert "words" not in json.loads(infer("--audio", path, "-f", "json")[1])["segments"][0]
+
+
+def test_text_alone_has_the_same_lines_and_no_alignment(tmp_path, infer, monkeypatch):
+    path = write(tmp_path / "a.wav", synthesize("こんにちは、、さようなら"))
+    assert infer("--audio", path, "-f", "all", "-o", tmp_path)[0] == 0
+    monkeypatch.setattr(inference, "cross_attention", lambda *arguments: pytest.fail("aligned"))
+    assert infer("--audio", path)[1] == (tmp_path / "a.txt").read_text() == "こんにちはさようなら\n"
+
+
+def test_cues_of_the_published_predictions(capsys):
+    """For information: how long cues are, and how fast they would have to be read."""
+    if not PUBLISHED.exists():
+        pytest.skip("the authors' predictions are not here")
+    with open(PUBLISHED, encoding="utf-8") as file:
+        texts = [row["prediction_raw"].strip() for row in csv.DictReader(file)]
+    cues = []
+    for text in texts:  # at ReazonSpeech's own pace, for the lengths of its clips are not published
+        chunk = inference.Segment(0, len(text) / 4.7, text, breaks=set(range(len(text))))
+        edges = np.linspace(0, chunk.end, len(text) + 1)
+        chunk.spans = np.stack([edges[:-1], edges[1:]], 1)
+        of_text = inference.cues_of(inference.Transcript("", [chunk], chunk.end), LIMITS)
+        assert "".join(cue.text for cue in of_text) == text
+        cues += of_text
+    widths = [[inference.cells(line) for line in cue.lines] for cue in cues]
+    speeds = np.array([len(cue.text) / (cue.end - cue.start) for cue in cues])
+    assert max(map(max, widths)) <= 16 and max(map(len, widths)) <= 2
+    with capsys.disabled():
+        print(f"\n{len(texts)} texts, {len(cues)} cues; longest {max(c.end - c.start for c in cues):.2f} s and "
+              f"{max(map(sum, widths))} characters; characters per second, median {np.median(speeds):.2f}; beyond 13 "
+              f"a line: {np.mean([max(w) > 13 for w in widths]):.1%}; beyond 4 per second: {np.mean(speeds > 4):.1%}")
