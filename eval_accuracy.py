@@ -11,7 +11,6 @@ it also runs in a batch, among other inputs, and decodes freely, alone and in th
 more, to the decoder's last position. All three models are held at once, and the arrays of one clip at a time.
 """
 import argparse
-import codecs
 import contextlib
 import itertools
 import json
@@ -417,12 +416,12 @@ def read_manifest(path: str) -> list[tuple[str, str]]:
     rows = []
     try:
         with open(path, "rb") as file:
-            lines = file.read().removeprefix(codecs.BOM_UTF8).split(b"\n")  # Windows begins a file with a mark
+            lines = file.readlines()  # of bytes: json.loads knows the mark that Windows begins a file with
     except OSError as error:
         raise common.SetupError(f"--manifest {path}: {error.strerror}") from error
     for i, line in enumerate(lines, start=1):
         try:
-            match json.loads(line.decode()) if line.strip() else None:
+            match json.loads(line) if line.strip() else None:
                 case {"audio": str(audio), "text": str(text)}:
                     rows.append((os.path.join(os.path.dirname(path), audio), text))
                 case _ if line.strip():
