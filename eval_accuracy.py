@@ -214,7 +214,7 @@ def cache_errors(recognizer, clip: Clip, features, batches: list, logits, args) 
     """
     known, errors = {tuple(clip.tokens): logits}, {}
     for batch in batches:
-        for row, (tokens, scores) in zip(batch, decode(recognizer, clip, batch, args.max_new_tokens), strict=True):
+        for row, (tokens, scores) in zip(batch, decode(recognizer, clip, batch, args.max_new_tokens), strict=False):
             if row is features:
                 if (key := tuple(tokens)) not in known:
                     known[key] = forward(recognizer, [features], tokens)["logits"]
