@@ -325,6 +325,9 @@ def measure(reference, exact, candidate, paths: list[str | None], args) -> tuple
                 measure_float32(exact, reference, clip, features, expected, args)
                 measure_candidate(candidate, clip, features, expected, args)
                 judge(clip, args.threshold)
+                with common.device_errors(candidate.bias.device):
+                    if not torch.equal(reference.bias, candidate.bias.cpu()):
+                        clip.faults.append("the candidate suppresses other tokens than the reference")
             except common.OutOfMemoryError:
                 raise
             except common.DeviceError as error:
@@ -342,9 +345,6 @@ def measure(reference, exact, candidate, paths: list[str | None], args) -> tuple
     if clips:
         clip, features = next(read_clips(paths[clips[0].utterance], 0, reference.extractor))
         compare_clip(replace(clip, name=f"{clip.name}, to the last position", utterance=None), features)
-    with common.device_errors(candidate.bias.device):
-        if not torch.equal(reference.bias, candidate.bias.cpu()):
-            failures.append("the candidate suppresses other tokens than the reference")
     for clip in clips:
         clip.faults += failures
     return clips, left_out
