@@ -284,7 +284,7 @@ CAUGHT = {
     "layer_norm_epsilon": "relative ",
     "layer_norm_epsilon_small": "float32_relative ",  # in float16 it hides behind rounding
     "float16_noise": "relative ",
-    "nan_in_one_logit": "NaN or infinite values",
+    "nan_in_one_logit": "npu:0 computes NaN or infinity in float16",
     "encoder_off_by_one_frame": "encoder ",  # the decoder does not mind the order of the frames
     "cache_off_by_one": "cache ",
     "cache_wrong_beyond_256": "cache in float32 ",
@@ -304,10 +304,11 @@ CAUGHT = {
 def seeded(clips) -> dict[tuple[str, str], dict]:
     """What two processes, of a thread each, make of the faults and of the healthy devices."""
     names = [f if isinstance(f, str) else f.__name__ for f in (*seed_faults.FAULTS, *seed_faults.HEALTHY)]
+    short = [name for name in names if name not in ("nothing", "cache_wrong_beyond_256", "reordered_reductions")]
     command = [sys.executable, "tests/stress/seed_faults.py", "--model", MODEL, "--audio", clips[1], "--only"]
     environment = {**os.environ, "PYTHONPATH": str(FAKE_NPU), "OMP_NUM_THREADS": "1"}
     pipes = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, *names[i::2]], **pipes) for i in (0, 1)]
+    processes = [subprocess.Popen([*command, *names[i::2], "--short", *short], **pipes) for i in (0, 1)]
     lines = [line for process in processes for line in process.communicate()[0].splitlines() if line[:1] == "{"]
     assert [process.returncode for process in processes] == [0, 0]
     return {(row["fault"], row["dtype"]): row for row in map(json.loads, lines)}

@@ -224,27 +224,25 @@ HEALTHY = [nothing, reordered_reductions, tanh_gelu_of_the_device, hf32_that_sta
 FIGURES = ("relative", "encoder", "repeat", "cache", "float32_relative", "float32_encoder")
 
 
-def evaluate(fault, dtype: str, arguments: list[str]) -> dict:
-    """Run eval_accuracy.py with a fault in the candidate."""
+def evaluate(fault, dtype: str, max_new_tokens: int, arguments: list[str]) -> dict:
+    """Run eval_accuracy.py with a fault in the candidate; its clip to the last position has max_new_tokens."""
     import torch_npu
 
-    move, seeded, device = common.move, [], (torch_npu.FAULT, torch_npu.KERNEL_ERROR, torch_npu.npu_gelu)
+    load_model, device = common.load_model, (torch_npu.FAULT, torch_npu.KERNEL_ERROR, torch_npu.npu_gelu)
 
-    def faulty_move(recognizer, device, dtype):
-        if device.type == "cpu":  # to explain what the candidate computed, the reference computes again: without faults
-            return common.load_model(parsed.model, device, dtype)
-        recognizer = move(recognizer, device, dtype)
+    def load_faulty(name, device, dtype):
+        recognizer = load_model(name, device, dtype)
+        if device.type == "cpu":  # the reference has no faults
+            return recognizer
         if fault == "wrong_suppress_list":
             return dataclasses.replace(recognizer, bias=recognizer.bias.roll(1, 1))
-        if not any(model is recognizer.model for model in seeded):
-            fault(recognizer.model)
-            seeded.append(recognizer.model)
+        fault(recognizer.model)
         return recognizer
 
-    parsed = eval_accuracy.parse_arguments(arguments)
     out, err = io.StringIO(), io.StringIO()
     with tempfile.NamedTemporaryFile() as file, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        eval_accuracy.common = types.SimpleNamespace(**vars(common) | {"move": faulty_move})
+        changed = {"load_model": load_faulty, "MAX_NEW_TOKENS": max_new_tokens}
+        eval_accuracy.common = types.SimpleNamespace(**vars(common) | changed)
         status = eval_accuracy.main(["--device", "npu", "--dtype", dtype, "--json", file.name, *arguments])
         report = {"clips": [], "error": err.getvalue()}
         if status < 2:
@@ -272,12 +270,16 @@ def row(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="those with this in their names")
+    parser.add_argument("--short", nargs="*", default=[], metavar="NAME",
+                        help="those that decode to position 64, not to the last: a quarter of the time")  # fmt: skip
     args, arguments = parser.parse_known_args()
     runs = [(fault, "float16") for fault in FAULTS] + [(h, d) for h in HEALTHY for d in ("float16", "bfloat16")]
     rows = []
     for fault, dtype in [*runs, (nothing, "float32")]:
         if any(text in str(fault) for text in args.only):
-            result = evaluate(fault, dtype, arguments)
+            short = (fault if isinstance(fault, str) else fault.__name__) in args.short
+            limit = 64 - common.PROMPT_LENGTH if short else common.MAX_NEW_TOKENS
+            result = evaluate(fault, dtype, limit, [*arguments, *(["--max-new-tokens", str(limit)] if short else [])])
             rows.append(row(result))
             print(json.dumps(result, ensure_ascii=False), flush=True)
     print("| seeded | relative | encoder | between runs | decoding | float32 | encoder in float32 | verdict | named |")
