@@ -253,7 +253,7 @@ def align(weights) -> np.ndarray | None:
         return None
     scores = weights.norm(dim=1).sum(-1) + weights.norm(dim=2).sum(-1)
     weights = weights[scores.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
-    matrix = (weights / weights.norm(dim=1, keepdim=True)).mean(0).cpu().numpy()
+    matrix = torch.nn.functional.normalize(weights, dim=1).mean(0).cpu().numpy()
     _, steps = common.import_librosa().sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))
     path = steps[::-1, 0]
     counts = np.bincount(path, minlength=n_tokens)
