@@ -234,10 +234,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="audio files, decoded to their natural end (default: a sweep of 3 s, 200 to 800 Hz)")  # fmt: skip
     common.add_model_options(add)
     add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=128, metavar="N",
-        help=f"of a chunk, 1 to {common.MAX_NEW_TOKENS}; synthetic audio is decoded to it (default: %(default)s)")  # fmt: skip
+        help=f"of a chunk, up to {common.MAX_NEW_TOKENS}; synthetic audio gets all (default: %(default)s)")  # fmt: skip
     add("--batch-size", type=count, metavar="N", help="chunks decoded together (default: 16, on a CPU 8)")
     add("--batch-sizes", type=numbers(int, 1024), default=[], metavar="N,N...", help="also batches of N full windows")
-    add("--durations", type=numbers(float, 36_000), default=[], metavar="S,S...", help="also synthetic audio of S seconds")
+    add("--durations", type=numbers(float, 36_000), default=[], metavar="S,S...", help="also sweeps of S seconds")
     add("--warmup", type=count, default=2, metavar="N",
         help="runs before those that count; the first is the cold one (default: %(default)s)")  # fmt: skip
     add("--runs", type=count, default=10, metavar="N", help="runs that count (default: %(default)s)")
