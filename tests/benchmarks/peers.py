@@ -168,7 +168,7 @@ def faster_whisper(models: Path):
         clips = [{"start": start, "end": end} for start, end in chunks]
         segments, _ = pipeline.transcribe(
             path, language="ja", task="transcribe", beam_size=1, temperature=0, without_timestamps=True,
-            vad_filter=False, clip_timestamps=clips, batch_size=BATCH_SIZE, suppress_tokens=[-1, END],
+            vad_filter=False, clip_timestamps=clips, batch_size=BATCH_SIZE, suppress_tokens=[-1, *range(END, 51866)],
             max_new_tokens=2 * n_tokens - prompt_length,  # CTranslate2 stops at half of the length
         )  # fmt: skip
         return sum(len(segment.tokens) for segment in segments)
@@ -232,7 +232,9 @@ class Contender:
 
     def time(self, path: str, chunks: list, n_tokens: int) -> tuple[float, int]:
         print(json.dumps([path, chunks, n_tokens]), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        if not (answer := self.process.stdout.readline()):
+            sys.exit(f"{self.name}: its process ended, with status {self.process.wait()}")
+        return json.loads(answer)
 
 
 def main() -> None:
