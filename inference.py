@@ -244,19 +244,21 @@ def cross_attention(recognizer: common.Recognizer, encoded, token_ids: list[list
 def align(weights) -> np.ndarray | None:
     """Which token each frame belongs to, (n_frames,) int64, from weights (n_heads, n_tokens, n_frames).
 
+    The last token is the end of the text: what sounds after the speech belongs to it.
+
     Dynamic time warping in which a token has one frame or more, and a frame one token. The heads are those with the
     largest L2 norms of rows and columns (arXiv 2509.09987). None where a token takes LONGEST_TOKEN_S, or most tokens
     a single frame: then the text is not what was said, or the heads look elsewhere.
     """
     n_heads, n_tokens, n_frames = weights.shape
-    if not 0 < n_tokens <= n_frames:
+    if n_tokens > n_frames:
         return None
     scores = weights.norm(dim=1).sum(-1) + weights.norm(dim=2).sum(-1)
     weights = weights[scores.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
     matrix = torch.nn.functional.normalize(weights, dim=1).mean(0).cpu().numpy()
     _, steps = common.import_librosa().sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))
     path = steps[::-1, 0]
-    counts = np.bincount(path, minlength=n_tokens)
+    counts = np.bincount(path, minlength=n_tokens)[:-1]
     return None if counts.max() * FRAME_S > LONGEST_TOKEN_S or np.mean(counts == 1) > 0.5 else path
 
 
@@ -296,7 +298,7 @@ def set_times(segment: Segment, tokenizer, ids: list[int], weights) -> None:
     parts = spoken_parts(tokenizer, ids, text)
     tokens = [i for of_part, _ in parts for i in of_part]
     frames = segment.loud[segment.loud < weights.shape[-1]]
-    path = align(weights[:, tokens][:, :, frames])
+    path = align(weights[:, [*tokens, len(ids) - 1]][:, :, frames]) if tokens else None
     segment.aligned, spans, n_done = path is not None, spread(frames, len(text)), 0
     for of_part, end in parts if segment.aligned else []:
         spans[n_done:end] = spread(frames[np.isin(path, np.searchsorted(tokens, of_part))], end - n_done)

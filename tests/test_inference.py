@@ -151,7 +151,8 @@ def test_a_folder_is_searched_and_its_tree_kept(audio, infer, tmp_path):
     assert written == {f"{n}.{e}" for n in ("hello", "long", "deep/er/bye") for e in inference.FORMATS}
     assert (tmp_path / "new/out/deep/er/bye.txt").read_text() == "さようなら\n"
     [segment] = json.loads((tmp_path / "new/out/hello.json").read_text())["segments"]
-    assert (segment["start"], segment["end"], segment["text"]) == (0.1, 2.02, "こんにちは")
+    assert (segment["start"], segment["text"]) == (0.1, "こんにちは")
+    assert segment["end"] == pytest.approx(2.02, abs=0.25)  # the end of the text takes some of the last sound
 
 
 def test_a_rerun_overwrites_its_outputs(audio, infer, tmp_path):

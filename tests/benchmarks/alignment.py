@@ -68,7 +68,7 @@ def starts_of_openai(theirs, recognizer, features: torch.Tensor, ids: list[int],
 
 
 def starts_of_transformers(recognizer, features: torch.Tensor, n_frames: int) -> list[float]:
-    """A token's timestamp is where it begins; without heads that exist, it fails."""
+    """token_timestamps, in which the prompt and the end of text have a place too; fails without heads that exist."""
     output = recognizer.model.generate(
         features, language="ja", task="transcribe", return_token_timestamps=True, return_dict_in_generate=True,
         attention_mask=torch.arange(3000)[None] < n_frames,
@@ -96,7 +96,9 @@ def compare(n: int) -> None:
         if theirs is not None:
             starts["openai/whisper"] = starts_of_openai(theirs, recognizer, features, ids, n_frames)
         try:
-            starts["transformers"] = starts_of_transformers(recognizer, features, n_frames)[-len(ids) - 1 : -1]
+            timestamps = starts_of_transformers(recognizer, features, n_frames)
+            starts["transformers"] = timestamps[-len(ids) - 1 : -1]
+            starts["transformers, each in its neighbour's place"] = timestamps[-len(ids) - 2 : -2]
         except Exception as error:
             problems["transformers"] = error
         for name, of_name in starts.items():
