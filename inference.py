@@ -244,11 +244,10 @@ def cross_attention(recognizer: common.Recognizer, encoded, token_ids: list[list
 def align(weights) -> np.ndarray | None:
     """Which token each frame belongs to, (n_frames,) int64, from weights (n_heads, n_tokens, n_frames).
 
-    The last token is the end of the text: what sounds after the speech belongs to it.
-
-    Dynamic time warping in which a token has one frame or more, and a frame one token. The heads are those with the
-    largest L2 norms of rows and columns (arXiv 2509.09987). None where a token takes LONGEST_TOKEN_S, or most tokens
-    a single frame: then the text is not what was said, or the heads look elsewhere.
+    Dynamic time warping in which a token has one frame or more, and a frame one token; the last token is the end of the
+    text, which takes what sounds after the speech. The heads are those with the largest L2 norms of rows and columns
+    (arXiv 2509.09987). None where a token takes LONGEST_TOKEN_S, or most tokens a single frame: then the text is not
+    what was said, or the heads look elsewhere.
     """
     n_heads, n_tokens, n_frames = weights.shape
     if n_tokens > n_frames:
@@ -572,9 +571,7 @@ def recognize(
 ) -> int:
     """Give the segments of a batch, as read_files yields them, their texts and, where timed, the times of these.
 
-    Returns the batch size that fits the device.
-
-    Raises DeviceError.
+    Returns the batch size that fits the device. Raises DeviceError.
     """
     n_done = 0
     while n_done < len(batch):
@@ -600,11 +597,9 @@ def transcribe(
 ) -> Iterator[Transcript]:  # fmt: skip
     """The transcript of each file, in order; on_progress is told the seconds of audio done since it was last called.
 
-    timed: align the characters with the audio.
-
-    Chunks of several files share a batch, and an accelerator decodes one while the next is read. Where the device
-    fails, the files of the batch have failed, for nothing that comes back from it can be believed, and then DeviceError
-    is raised.
+    Where timed, the characters have times. Chunks of several files share a batch, and an accelerator decodes one while
+    the next is read. Where the device fails, the files of the batch have failed, for nothing that comes back from it
+    can be believed, and then DeviceError is raised.
     """
     device, fitting = recognizer.model.device, batch_size
     chunks = read_files(paths, recognizer.extractor, chunk_length_s)
@@ -660,17 +655,11 @@ def share(paths: Iterable[str], rank: int, world_size: int) -> list[str]:
 
     Their length is taken to be that in bytes: to open them all would take too long.
     """
-
-    def n_bytes(path: str) -> int:
-        """The size of a file, 0 where it has gone."""
-        with contextlib.suppress(OSError):
-            return os.path.getsize(path)
-        return 0
-
+    sizes = {path: os.path.getsize(path) if os.path.exists(path) else 0 for path in paths}
     loads, mine = [0] * world_size, []
-    for size, path in sorted(((n_bytes(path), path) for path in paths), reverse=True):
+    for path in sorted(sizes, key=lambda path: (sizes[path], path), reverse=True):
         lightest = loads.index(min(loads))
-        loads[lightest] += size + 1
+        loads[lightest] += sizes[path] + 1
         if lightest == rank:
             mine.append(path)
     return mine
@@ -684,12 +673,15 @@ def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool
         notice(f"warning: {warning}")
     dtype = common.select_dtype(args.dtype, device)
     recognizer = common.load_model(args.model, device, dtype, args.language, args.task)
+    timed = args.output_format != "txt"
+    if timed:
+        common.import_librosa().sequence  # noqa: B018  (imported when it is used: seconds that belong to loading)
     loaded, stopped, n_left = time.perf_counter(), None, len(paths)
     with progress_bar(paths, recognizer.extractor.chunk_length) as bar:
         results = transcribe(
             recognizer, paths, args.max_new_tokens, args.chunk_length,
             args.batch_size or common.default_batch_size(device), on_progress=bar.update,
-            timed=args.output_format != "txt",
+            timed=timed,
         )  # fmt: skip
         try:
             for transcript in results:
