@@ -255,22 +255,13 @@ def start_npu(index: int | None, local_rank: int) -> tuple[int | None, str | Non
     except (RuntimeError, AssertionError) as error:
         return index, f"npu:{index or 0} does not start {npu_problem(error)}"
     if hasattr(torch_npu, "npu_gelu"):
-        use_exact_gelu(torch_npu)
+        # F.gelu of torch_npu 2.9.0 is the tanh form, which the models were not trained with. transformers calls it by
+        # this name after the convolutions, and keeps it in each layer of a model loaded later.
+        gelu = torch.nn.functional.gelu
+        torch.nn.functional.gelu = lambda x, approximate="none": (
+            torch_npu.npu_gelu if x.device.type == "npu" else gelu
+        )(x, approximate=approximate)
     return index, None
-
-
-def use_exact_gelu(torch_npu: types.ModuleType) -> None:
-    """Have models on an NPU compute the GELU that they were trained with: F.gelu of torch_npu 2.9.0 is the tanh form.
-
-    transformers calls it by this name after the convolutions, and keeps it in each layer of a model loaded later.
-    """
-    gelu = torch.nn.functional.gelu
-
-    def exact_gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-        """F.gelu, of any shape."""
-        return (torch_npu.npu_gelu if x.device.type == "npu" else gelu)(x, approximate=approximate)
-
-    torch.nn.functional.gelu = exact_gelu
 
 
 def select_device(name: str | None, local_rank: int = 0, n_processes: int = 1) -> tuple[torch.device, str | None]:
@@ -432,6 +423,55 @@ def prompt_of(config, generation, processor, language: str, task: str) -> torch.
     return torch.tensor(prompt)
 
 
+def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
+    """Attention of transformers, (batch, n_heads, n, head_dim) each: (batch, n, n_heads, head_dim).
+
+    torch's own emulates bfloat16 where there is no AMX. Here a single query, as in decoding, is two products of matrix
+    and vector in float32; a whole window goes one head at a time, so that its scores stay in the cache: they are
+    rounded to bfloat16, which its other roundings outweigh.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    n_query, n_key = query.shape[2], key.shape[2]
+    if n_query == 1:
+        query3, key3, value3 = (states.float().flatten(0, 1) for states in (query, key, value))
+        weights = torch.bmm(key3, query3.transpose(1, 2)).transpose(1, 2).softmax(-1)
+        context = torch.bmm(value3.transpose(1, 2), weights.transpose(1, 2)).to(query.dtype)
+        return context.view(query.shape).transpose(1, 2), None
+    if n_query < n_key or module.is_causal:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    context, scores = query.new_empty(query.transpose(1, 2).shape), query.new_empty(n_query, n_key)
+    heads = (states.flatten(0, 1) for states in (query, key, value))
+    for q, k, v, out in zip(*heads, (out for row in context for out in row.unbind(1)), strict=True):
+        torch.mm(q, k.T, out=scores)
+        torch.softmax(scores, -1, out=scores)
+        torch.mm(scores, v, out=out)
+    return context, None
+
+
+def arrange_cross_attention(cache) -> None:
+    """Lay out the keys and values of the encoder's output as cpu_attention reads them fastest, once for all tokens."""
+    for layer in cache.cross_attention_cache.layers:
+        layer.keys = layer.keys.float()
+        layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)
+
+
+def use_cpu_kernels(model: torch.nn.Module) -> None:
+    """Give a model in bfloat16 on a CPU, which is not moved any more, cpu_attention and packed weights."""
+    import transformers
+
+    transformers.AttentionInterface.register("cpu_attention", cpu_attention)
+    transformers.AttentionMaskInterface.register("cpu_attention", transformers.masking_utils.sdpa_mask)
+    model.set_attn_implementation("cpu_attention")
+    # oneDNN reads weights in an order of its own, for which torch has no public function: without these two, a step of
+    # the decoder takes a third longer. Where they go, so may these lines.
+    pack, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(pack(module.weight.detach(), 1), requires_grad=False)
+            module.forward = lambda x, m=module: linear(x, m.weight, m.bias, "none", [], "none")
+
+
 def load_model(
     name: str, device: torch.device, dtype: torch.dtype, language: str = "ja", task: str = "transcribe"
 ) -> Recognizer:
@@ -463,19 +503,11 @@ def load_model(
         raise
     except Exception as error:  # broken files raise OSError, ValueError, KeyError, SafetensorError and others
         raise SetupError(f"cannot load the model {name}: {first_line(error)} (is it whole?)") from error
-    return move(Recognizer(model.eval(), processor.feature_extractor, processor.tokenizer, prompt, bias), device, dtype)
-
-
-def move(recognizer: Recognizer, device: torch.device, dtype: torch.dtype) -> Recognizer:
-    """The same weights on another device; the model is moved, not copied. Raises DeviceError where it does not fit.
-
-    In bfloat16 on a CPU it is arranged for that, and not to be moved again.
-    """
     with device_errors(device):
-        model = recognizer.model.to(device, dtype)
+        model = model.eval().to(device)
         if device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            use_cpu_kernels(model)
-        return replace(recognizer, model=model, prompt=recognizer.prompt.to(device), bias=recognizer.bias.to(device))
+            use_cpu_kernels(model)  # after which it cannot be moved any more
+        return Recognizer(model, processor.feature_extractor, processor.tokenizer, prompt.to(device), bias.to(device))
 
 
 def endless(recognizer: Recognizer) -> Recognizer:
@@ -483,48 +515,6 @@ def endless(recognizer: Recognizer) -> Recognizer:
     bias = recognizer.bias.clone()
     bias[:, recognizer.tokenizer.eos_token_id] = -math.inf
     return replace(recognizer, bias=bias)
-
-
-def use_cpu_kernels(model: torch.nn.Module) -> None:
-    """Give a model in bfloat16 on a CPU, which is not moved any more, cpu_attention and packed weights."""
-    import transformers
-
-    transformers.AttentionInterface.register("cpu_attention", cpu_attention)
-    transformers.AttentionMaskInterface.register("cpu_attention", transformers.masking_utils.sdpa_mask)
-    model.set_attn_implementation("cpu_attention")
-    # oneDNN reads weights in an order of its own, for which torch has no public function: without these two, a step of
-    # the decoder takes a third longer. Where they go, so may these lines.
-    pack, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight = torch.nn.Parameter(pack(module.weight.detach(), 1), requires_grad=False)
-            module.forward = lambda x, m=module: linear(x, m.weight, m.bias, "none", [], "none")
-
-
-def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
-    """Attention of transformers, (batch, n_heads, n, head_dim) each: (batch, n, n_heads, head_dim).
-
-    torch's own emulates bfloat16 where there is no AMX. Here a single query, as in decoding, is two products of matrix
-    and vector in float32; a whole window goes one head at a time, so that its scores stay in the cache: they are
-    rounded to bfloat16, which its other roundings outweigh.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    n_query, n_key = query.shape[2], key.shape[2]
-    if n_query == 1:
-        query3, key3, value3 = (states.float().flatten(0, 1) for states in (query, key, value))
-        weights = torch.bmm(key3, query3.transpose(1, 2)).transpose(1, 2).softmax(-1)
-        context = torch.bmm(value3.transpose(1, 2), weights.transpose(1, 2)).to(query.dtype)
-        return context.view(query.shape).transpose(1, 2), None
-    if n_query < n_key or module.is_causal:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    context, scores = query.new_empty(query.transpose(1, 2).shape), query.new_empty(n_query, n_key)
-    heads = (states.flatten(0, 1) for states in (query, key, value))
-    for q, k, v, out in zip(*heads, (out for row in context for out in row.unbind(1)), strict=True):
-        torch.mm(q, k.T, out=scores)
-        torch.softmax(scores, -1, out=scores)
-        torch.mm(scores, v, out=out)
-    return context, None
 
 
 # --- Audio: path -> chunks ---
@@ -804,13 +794,6 @@ def encode(model: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
         encoded = torch.cat([encoder(rows).last_hidden_state for rows in features.split(n_rows)])
     clamped = torch.cat(peaks) >= (CLAMPED_FLOAT16 if model.dtype == torch.float16 else math.inf)
     return encoded.masked_fill(clamped[:, None, None], math.nan)
-
-
-def arrange_cross_attention(cache) -> None:
-    """Lay out the keys and values of the encoder's output as cpu_attention reads them fastest, once for all tokens."""
-    for layer in cache.cross_attention_cache.layers:
-        layer.keys = layer.keys.float()
-        layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)
 
 
 def decode(

@@ -90,6 +90,32 @@ def program() -> str:
     return f"inference.py, rank {os.environ['RANK']}" if under_torchrun else "inference.py"
 
 
+def notice(message: str) -> None:
+    """One line on stderr."""
+    common.notice(f"{program()}: {message}")
+
+
+def torchrun_place() -> tuple[int, int, int, int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of torchrun; 0, 1, 0, 1 in a process that it did not start.
+
+    Raises SetupError where they contradict each other, whoever set them.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    started = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; clusters set some of the others on their own
+    try:
+        rank, size, local_rank, local_size = (int(given.get(name, 1 if "SIZE" in name else 0)) for name in names)
+        agree = (rank < size or "WORLD_SIZE" not in given) and (local_rank < local_size or len(given) < 4)
+        agree &= min(rank, local_rank) >= 0 and min(size, local_size) > 0 and (len(given) == 4 or not started)
+    except ValueError:
+        agree = False
+    if not agree:
+        given |= {"TORCHELASTIC_RUN_ID": os.environ["TORCHELASTIC_RUN_ID"]} if started else {}
+        said = " ".join(f"{name}={text}" for name, text in given.items())
+        raise common.SetupError(f"{said}: not what torchrun sets: unset {' '.join(given)}, or start with torchrun")
+    return (rank, size, local_rank, local_size) if started else (0, 1, 0, 1)
+
+
 # --- Options, inputs and outputs ---
 
 
@@ -268,11 +294,11 @@ def spread(frames: np.ndarray, n: int) -> np.ndarray:
     return FRAME_S * np.stack([frames[first] + edges[:-1] - first, frames[last] + edges[1:] - last], 1)
 
 
-def spoken_parts(tokenizer, ids: list[int], text: str) -> list[tuple[list[int], int]]:
+def spoken_parts(runs: list[tuple[range, range]], text: str) -> list[tuple[list[int], int]]:
     """Tokens that are spoken and the index of the character that ends them: those of token_runs, where signs and
     spaces, which have no sound, go with the tokens that they follow, and opening brackets with the next."""
     parts = []
-    for tokens, characters in token_runs(tokenizer, ids, text):
+    for tokens, characters in runs:
         spoken = re.search(r"\w", text[characters[0] : characters.stop])
         if parts and not spoken and text[characters[0]] not in NOT_LAST + " ":
             parts[-1] = parts[-1][0], characters.stop
@@ -293,8 +319,9 @@ def set_times(segment: Segment, tokenizer, ids: list[int], weights) -> None:
     """
     text = tokenizer.decode(ids, skip_special_tokens=True)
     n_left_out = len(text) - len(re.sub(common.CONTROL, " ", text).lstrip())
-    segment.breaks = {characters[0] - n_left_out for _, characters in token_runs(tokenizer, ids, text)}
-    parts = spoken_parts(tokenizer, ids, text)
+    runs = token_runs(tokenizer, ids, text)
+    segment.breaks = {characters[0] - n_left_out for _, characters in runs}
+    parts = spoken_parts(runs, text)
     tokens = [i for of_part, _ in parts for i in of_part]
     frames = segment.loud[segment.loud < weights.shape[-1]]
     path = align(weights[:, [*tokens, len(ids) - 1]][:, :, frames]) if tokens else None
@@ -472,11 +499,6 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
     )
 
 
-def notice(message: str) -> None:
-    """One line on stderr."""
-    common.notice(f"{program()}: {message}")
-
-
 def record(transcript: Transcript, totals: Counter) -> None:
     """Count a file, and say it where it failed."""
     totals["failed" if transcript.error is not None else "done"] += 1
@@ -629,27 +651,6 @@ def transcribe(
 # --- Command ---
 
 
-def torchrun_place() -> tuple[int, int, int, int]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of torchrun; 0, 1, 0, 1 in a process that it did not start.
-
-    Raises SetupError where they contradict each other, whoever set them.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    started = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; clusters set some of the others on their own
-    try:
-        rank, size, local_rank, local_size = (int(given.get(name, 1 if "SIZE" in name else 0)) for name in names)
-        agree = (rank < size or "WORLD_SIZE" not in given) and (local_rank < local_size or len(given) < 4)
-        agree &= min(rank, local_rank) >= 0 and min(size, local_size) > 0 and (len(given) == 4 or not started)
-    except ValueError:
-        agree = False
-    if not agree:
-        given |= {"TORCHELASTIC_RUN_ID": os.environ["TORCHELASTIC_RUN_ID"]} if started else {}
-        said = " ".join(f"{name}={text}" for name, text in given.items())
-        raise common.SetupError(f"{said}: not what torchrun sets: unset {' '.join(given)}, or start with torchrun")
-    return (rank, size, local_rank, local_size) if started else (0, 1, 0, 1)
-
-
 def share(paths: Iterable[str], rank: int, world_size: int) -> list[str]:
     """The files of one of world_size processes, the longest first, all of them together about as long as the others'.
 
@@ -753,34 +754,29 @@ def shared_status(store, status: int, bound_s: float) -> int:
     torchrun ends the others as soon as one fails, and its store with the first machine: so all wait for each other,
     but no longer than bound_s seconds.
     """
+    rank, world_size, *_ = torchrun_place()
+    keys = [f"{STORE_KEY} {i}" for i in range(world_size)]
     try:
-        store.add(f"{STORE_KEY} status {status}", 1)
-        if store.add(f"{STORE_KEY} ended", 1) == torchrun_place()[1]:
-            worst = next((s for s in (2, 141, 1) if store.add(f"{STORE_KEY} status {s}", 0)), 0)
-            store.set(f"{STORE_KEY} status", str(worst))
+        store.set(keys[rank], str(status))
         store.set_timeout(timedelta(seconds=bound_s))
-        return int(store.get(f"{STORE_KEY} status"))
-    except KeyboardInterrupt:
-        return 130
+        return max(map(int, store.multi_get(keys)), key=[0, 1, 141, 2].index)
     except RuntimeError as error:
         notice(f"error: the other processes do not end ({common.first_line(error)})")
         return status or 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    args, started, store = parse_arguments(argv), time.monotonic(), None
-
-    def run_in_store(args: argparse.Namespace) -> int:
-        """Run the command once the other processes of torchrun are known."""
-        nonlocal store
-        store = open_store()
-        return run(args)
-
-    status = common.run_script(program(), run_in_store, args)
+def run_with_others(args: argparse.Namespace) -> int:
+    """Run the command and end together with the other processes of torchrun. Raises SetupError."""
+    started, store = time.monotonic(), open_store()
+    status = common.run_script(program(), run, args)
     if store is None or status == 130:
         return status
     return shared_status(store, status, max(SHORTEST_WAIT_S, time.monotonic() - started))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    return common.run_script(program(), run_with_others, parse_arguments(argv))
 
 
 if __name__ == "__main__":
