@@ -8,6 +8,7 @@ The transcript goes to stdout or to files in --output-dir, and everything else t
 """
 import argparse
 import contextlib
+import html
 import itertools
 import math
 import os
@@ -39,10 +40,11 @@ COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs o
 FRAME_S = 0.02  # of the encoder's output
 QUIETER_DB = 30  # a pause is that much below the loudest part
 N_HEADS = 10  # of 40, the best in arXiv 2509.09987
+FASTEST = 20  # tokens in a second of speech: twice as many as anyone speaks
 LONGEST_TOKEN_S = 2.0  # of loud sound: beyond, the alignment has left something out
 LONG_PAUSE_S = 0.7
 SHORTEST_CUE_S, LONGEST_CUE_S = 1.0, 7.0
-SENTENCE_END = r"[。！？!?]+[。！？!?」』）】〉》”\"')\]]*|[.]+[\"')\]”]*(?=\s|$)"
+SENTENCE_END = r"[。！？!?]+[。！？!?」』）】〉》”\"')\]]*|(?<=\w\w)(?<![A-Z]\w)[.]+[\"')\]”]*(?=\s|$)"  # not U.S.
 # Kinsoku (JIS X 4051), as far as it matters to subtitles
 NOT_FIRST = "、。，．・：；？！」』）】〉》ー々ゝゞぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ…‥〜～,.:;?!)]}%”’ﾞﾟｰ､｡｣･"
 NOT_LAST = "「『（【〈《([{“‘｢\u200d"  # a zero-width joiner too
@@ -238,10 +240,10 @@ def token_runs(tokenizer, ids: list[int], text: str) -> list[tuple[range, range]
     """The fewest tokens that decode to whole characters of the text: (their indices, those of the characters)."""
     runs, token, character = [], 0, 0
     for i in range(1, len(ids) + 1):
-        piece = tokenizer.decode(ids[token:i], skip_special_tokens=True)
-        if piece and text.startswith(piece, character):  # the bytes of half a character decode to another one
-            runs.append((range(token, i), range(character, character + len(piece))))
-            token, character = i, character + len(piece)
+        prefix = tokenizer.decode(ids[:i], skip_special_tokens=True)
+        if len(prefix) > character and text.startswith(prefix):  # the bytes of half a character decode to another one
+            runs.append((range(token, i), range(character, len(prefix))))
+            token, character = i, len(prefix)
     return runs
 
 
@@ -267,22 +269,29 @@ def cross_attention(recognizer: common.Recognizer, encoded, token_ids: list[list
         yield torch.cat(weights)
 
 
-def align(weights) -> np.ndarray | None:
-    """Which token each frame belongs to, (n_frames,) int64, from weights (n_heads, n_tokens, n_frames).
+def align(weights, frames: np.ndarray) -> np.ndarray | None:
+    """Which token each of the frames belongs to, (n_frames,) int64, from weights (n_heads, n_tokens, n_positions).
 
     Dynamic time warping in which a token has one frame or more, and a frame one token; the last token is the end of the
     text, which takes what sounds after the speech. The heads are those with the largest L2 norms of rows and columns
     (arXiv 2509.09987). None where a token takes LONGEST_TOKEN_S, or most tokens a single frame: then the text is not
     what was said, or the heads look elsewhere.
     """
-    n_heads, n_tokens, n_frames = weights.shape
-    if n_tokens > n_frames:
+    n_heads, n_tokens, _ = weights.shape
+    if n_tokens > len(frames):
         return None
+    weights = weights[:, :, frames]
     scores = weights.norm(dim=1).sum(-1) + weights.norm(dim=2).sum(-1)
     weights = weights[scores.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
     matrix = torch.nn.functional.normalize(weights, dim=1).mean(0).cpu().numpy()
     _, steps = common.import_librosa().sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))
-    path = steps[::-1, 0]
+    path = steps[::-1, 0].copy()
+    for i in np.flatnonzero(np.diff(frames) * FRAME_S >= common.LEVEL_WINDOW_S):  # no token goes on after a pause
+        before, after = path[: i + 1] == path[i], path[i + 1 :] == path[i]
+        if after.any() and after.sum() <= before.sum() and path[i] < n_tokens - 1:
+            path[i + 1 :][after] += 1
+        elif after.any() and path[i] > 0:
+            path[: i + 1][before] -= 1
     counts = np.bincount(path, minlength=n_tokens)[:-1]
     return None if counts.max() * FRAME_S > LONGEST_TOKEN_S or np.mean(counts == 1) > 0.5 else path
 
@@ -324,7 +333,9 @@ def set_times(segment: Segment, tokenizer, ids: list[int], weights) -> None:
     parts = spoken_parts(runs, text)
     tokens = [i for of_part, _ in parts for i in of_part]
     frames = segment.loud[segment.loud < weights.shape[-1]]
-    path = align(weights[:, [*tokens, len(ids) - 1]][:, :, frames]) if tokens else None
+    if len(tokens) > FASTEST * FRAME_S * len(frames):  # a bang has made the speech look quiet
+        frames = np.arange(min(weights.shape[-1], math.ceil((segment.end - segment.start) / FRAME_S)))
+    path = align(weights[:, [*tokens, len(ids) - 1]], frames) if tokens else None
     segment.aligned, spans, n_done = path is not None, spread(frames, len(text)), 0
     for of_part, end in parts if segment.aligned else []:
         spans[n_done:end] = spread(frames[np.isin(path, np.searchsorted(tokens, of_part))], end - n_done)
@@ -336,7 +347,8 @@ def sentences(text: str) -> list[tuple[int, int]]:
     """Where the sentences of a text begin and end; signs alone are none."""
     edges = [0]
     for match in re.finditer(SENTENCE_END, text):
-        if re.search(r"\w", text[edges[-1] : match.end()]) and re.search(r"\w", text[match.end() :]):
+        done, rest = text[edges[-1] : match.end()], text[match.end() :]
+        if re.search(r"\w", done) and re.search(r"\w", rest) and rest.lstrip()[0] not in NOT_FIRST:
             edges.append(match.end())
     return list(itertools.pairwise([*edges, len(text)])) if text else []
 
@@ -349,7 +361,7 @@ def break_qualities(text: str, breaks: set[int]) -> list[int]:
         first = text[i:].lstrip()[:1]
         if before.isspace() or before in NOT_LAST or first in NOT_FIRST or unicodedata.category(after) in JOINED:
             continue
-        if after.isspace() or before in "、，,;；：":
+        if after.isspace() or (before in "、，,;；：" and not after.isdigit()):
             qualities[i] = 4
         elif i not in breaks or (re.fullmatch(SPACED, before) and re.fullmatch(SPACED, after)):
             qualities[i] = 1
@@ -382,7 +394,7 @@ def readable_parts(chunk: Segment, first: int, end: int, qualities: list[int], l
     They are cut at long pauses, and then near the middle: best at a pause, after a comma, a phrase, a token.
     """
     starts, ends = chunk.spans.T
-    places = range(first + 1, end)
+    places = [i for i in range(first + 1, end) if chunk.text[first:i].strip() and chunk.text[i:end].strip()]
     pauses = {i: starts[i] - ends[i - 1] for i in places}
     long = [i for i in places if pauses[i] >= LONG_PAUSE_S and qualities[i] > 1]
     fits = ends[end - 1] - starts[first] <= LONGEST_CUE_S and cells(chunk.text[first:end]) <= limits[0] * limits[1]
@@ -411,6 +423,7 @@ def cues_of(transcript: Transcript, limits: tuple[float, int]) -> list[Cue]:
                 cues.append(Cue(starts[first], ends[end - 1], text, lines, words, chunk))
     for cue, limit in zip(cues, [*(cue.start for cue in cues[1:]), transcript.duration], strict=False):
         cue.end = min(max(cue.end, cue.start + SHORTEST_CUE_S), cue.start + LONGEST_CUE_S, limit)
+        cue.words = [(word, min(start, cue.end), min(end, cue.end)) for word, start, end in cue.words]
     return cues
 
 
@@ -427,7 +440,7 @@ def timestamp(seconds: float, decimal_mark: str = ".", hours_always: bool = Fals
 
 def full_text(transcript: Transcript, language: str) -> str:
     """The text of all segments in one line."""
-    return ("" if language in UNSPACED_LANGUAGES else " ").join(segment.text for segment in transcript.segments)
+    return ("" if language in UNSPACED_LANGUAGES else " ").join(s.text for s in transcript.segments if s.text)
 
 
 def json_segment(i: int, cue: Cue, word_timestamps: bool) -> dict:
@@ -464,7 +477,8 @@ def render(
     mark, content = "," if srt else ".", "" if srt else "WEBVTT\n\n"
     for i, cue in enumerate(cues, start=1):
         times = f"{timestamp(cue.start, mark, srt)} --> {timestamp(cue.end, mark, srt)}"
-        shown = "\n".join(cue.lines).replace("-->", "->")
+        shown = "\n".join(cue.lines)
+        shown = shown.replace("-->", "->") if srt else html.escape(shown, quote=False)
         content += (f"{i}\n" if srt else "") + f"{times}\n{shown}\n\n"
     return content
 

@@ -63,7 +63,7 @@ TRANSCRIPT = inference.Transcript("audio/x.wav", SEGMENTS, 363600.25)
         ),
         (
             "vtt",
-            "WEBVTT\n\n00:00.000 --> 00:02.500\nこんにちは\n\n01:00.000 --> 01:05.000\na -> b\tc\n\n"
+            "WEBVTT\n\n00:00.000 --> 00:02.500\nこんにちは\n\n01:00.000 --> 01:05.000\na --&gt; b\tc\n\n"
             "100:59:59.500 --> 101:00:00.250\n終わり\n\n",
         ),
     ],
