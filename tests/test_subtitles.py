@@ -278,7 +278,7 @@ def test_lines_break_at_spaces_and_commas():
 
     assert lines("The quick brown fox jumps over it", 10) == ["The quick brown", "fox jumps over it"]
     assert lines("今日はいい天気なので、散歩に行きました", 13) == ["今日はいい天気なので、", "散歩に行きました"]
-    assert lines("価格は全部で1,234,567円になります", 10) == ["価格は全部で", "1,234,567円になります"]
+    assert lines("価格は全部で1,234,567円になります", 11) == ["価格は全部で", "1,234,567円になります"]
     assert lines("iPhoneを買いました", 8) == ["iPhoneを", "買いました"]
 
 
