@@ -65,18 +65,18 @@ def measure(device: str, dtype: str, n: int = 200) -> dict[str, float]:
 
 def check(figures: dict[str, float], label: str) -> None:
     print(label, " ".join(f"{name} {value:.3g}" for name, value in figures.items()))
-    assert figures["exact"] >= 65 and figures["proportional"] <= 0.05 * figures["exact"]
+    assert figures["exact"] >= 190 and figures["proportional"] <= 0.05 * figures["exact"]
     assert figures["median"] <= 0.1 and figures["90 %"] <= 0.25
 
 
-@pytest.mark.parametrize("dtype, n", [("float32", 200), ("bfloat16", 70)])
-def test_characters_begin_when_they_are_spoken(dtype, n):
-    check(measure("cpu", dtype, n), f"cpu, {dtype}:")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_characters_begin_when_they_are_spoken(dtype):
+    check(measure("cpu", dtype), f"cpu, {dtype}:")
 
 
 @needs_fake
 def test_characters_begin_when_they_are_spoken_on_the_npu():
-    code = "import json, test_subtitles; print(json.dumps(test_subtitles.measure('npu', 'float16', 70)))"
+    code = "import json, test_subtitles; print(json.dumps(test_subtitles.measure('npu', 'float16')))"
     path = os.pathsep.join(map(str, (FAKE_NPU, ROOT, ROOT / "tests")))
     result = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
