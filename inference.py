@@ -148,7 +148,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="full-width characters in a line of a subtitle; others count half (default: %(default)s)")  # fmt: skip
     add("--max-line-count", type=common.number(int, 1), default=2, metavar="N",
         help="lines of a subtitle (default: %(default)s)")  # fmt: skip
-    add("--word-timestamps", action="store_true", help="times of words in JSON")
+    add("--word-timestamps", action="store_true", help="times of words too; needs json or all")
     add("--skip-existing", action="store_true", help="skip the files whose outputs are all in --output-dir")
     return parser.parse_args(argv)
 
@@ -403,6 +403,7 @@ def readable_parts(chunk: Segment, first: int, end: int, qualities: list[int], l
         return [(first, end)]
 
     def goodness(i: int) -> float:
+        """How good it is to cut before a character: the place, the pause there, and how far it is from the middle."""
         return (qualities[i] or -100) + 3 * min(pauses[i], 1) - 6 * ((2 * i - first - end) / (end - first)) ** 2
 
     cut = max(long or places, key=goodness)
@@ -718,6 +719,8 @@ def run(args: argparse.Namespace) -> int:
     for option, given in (("--skip-existing", args.skip_existing), ("more than one process", world_size > 1)):
         if given and args.output_dir is None:
             raise common.SetupError(f"{option} needs --output-dir")
+    if args.word_timestamps and args.output_format not in ("json", "all"):
+        raise common.SetupError("--word-timestamps needs --output-format json or all: the others have no words")
     inputs, failed = find_audio(args.audio)
     many = len(inputs) + len(failed) > 1
     outputs = plan_outputs(inputs, many, args)

@@ -190,6 +190,8 @@ def test_formats_that_need_a_folder_say_so(audio, infer, options):
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--output-format", "docx"], "invalid choice: 'docx'"),
         (["--task", "summarize"], "invalid choice"),
+        (["--word-timestamps"], "--word-timestamps needs --output-format json or all"),
+        (["--max-line-width", "0"], "'0' is not a whole number of at least 1"),
     ],
 )
 def test_wrong_options(audio, infer, options, words):
