@@ -135,7 +135,7 @@ def test_without_an_npu_the_candidate_is_the_cpu_in_float16(clips):
 def test_a_fail_names_each_clip_and_reason(clips, evaluate):
     status, out, _ = evaluate("--audio", *clips, "--dtype", "bfloat16", "--threshold", "1e-5")
     assert status == 1 and "verdict                       FAIL: 3 of 3 clips" in out
-    for path, line in zip([*clips, clips[0]], out.splitlines()[-3:], strict=True):
+    for path, line in zip([clips[0], *clips], out.splitlines()[-3:], strict=True):
         assert line.startswith(f"FAIL {path}, 0.0 to ") and "is not below 1e-05" in line
 
 
