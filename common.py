@@ -675,7 +675,9 @@ def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
         with open(path, "rb", buffering=0) as file:
             while start is not None and start < size:
                 end = riff_end(file, start, size)
-                with Stream(Part(file, start, end)) as sound:
+                # By descriptor: libsndfile loses an interrupt within a Part, and by its name x.raw passes for audio.
+                part = file.fileno() if (start, end) == (0, size) else Part(file, start, end)
+                with Stream(part, closefd=False) as sound:
                     for block in sound_blocks(sound):
                         read_s += len(block) / sound.samplerate
                         yield sound.samplerate, mix_down(block)

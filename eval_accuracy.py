@@ -402,11 +402,11 @@ def read_manifest(path: str) -> list[tuple[str, str]]:
     for i, line in enumerate(lines, start=1):
         try:
             match json.loads(line) if line.strip() else None:
-                case {"audio": str(audio), "text": str(text)}:
+                case {"audio": str(audio), "text": str(text)} if b"\0" not in os.fsencode(audio):
                     rows.append((os.path.join(os.path.dirname(path), audio), text))
                 case _ if line.strip():
                     raise ValueError("audio and text are not both strings")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             expected = '{"audio": "a.wav", "text": "..."}'
             raise common.SetupError(f"--manifest {path}, line {i}: not {expected} ({error})") from error
     if not rows:

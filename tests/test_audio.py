@@ -3,6 +3,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import wave
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import common
 import numpy as np
 import pytest
 import soundfile
-from conftest import write
+from conftest import ROOT, write
 from tone_speech import PAUSE, SLOT_S, random_text, synthesize
 
 RATE = 16_000
@@ -421,3 +422,14 @@ def test_thirty_seconds_at_an_odd_rate(tmp_path, transcribe, rate):
     path = write(tmp_path / "a.wav", np.pad(synthesize("こんにちは", rate), (0, 30 * rate))[: 30 * rate], rate)
     [transcript] = transcribe(path)
     assert (transcript.error, [s.text for s in transcript.segments]) == (None, ["こんにちは"])
+
+
+def test_an_interrupt_while_a_file_is_read_is_not_lost(tmp_path):
+    """libsndfile drops what is raised in a callback of Python, and takes it for the end of the file."""
+    path = write(tmp_path / "long.wav", np.zeros((600 * RATE, 2), np.int16))
+    code = "import signal, sys, common\nsignal.signal(signal.SIGALRM, signal.default_int_handler)\nn = 0\n"
+    code += "for i in range(30):\n    try:\n        signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.001 * i)\n"
+    code += "        for block in common.read_blocks(sys.argv[1]): pass\n        for _ in range(10**8): pass\n"
+    code += "    except KeyboardInterrupt: n += 1\nprint(n)"
+    result = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("30\n", "")
