@@ -237,6 +237,8 @@ def test_what_cannot_be_evaluated_is_status_2(tmp_path, evaluate, clips):
     silent = write(tmp_path / "silent.wav", np.zeros(16_000))
     (tmp_path / "text.wav").write_text("not audio")
     for name, content in [("bad", "{"), ("keys", '{"audio": "x.wav"}'), ("gone", '{"audio": "x.wav", "text": ""}'),
+                          ("zero", '{"audio": "x\\u0000.wav", "text": ""}'), ("deep", "[" * 100_000),
+                          ("surrogate", '{"audio": "x\\ud800.wav", "text": ""}'),
                           ("null", '{"audio": "x.wav", "text": "a"}\n{"audio": "y.wav", "text": null}')]:  # fmt: skip
         (tmp_path / name).write_text(content)
     for arguments, words in [
@@ -248,6 +250,9 @@ def test_what_cannot_be_evaluated_is_status_2(tmp_path, evaluate, clips):
         (["--manifest", tmp_path / "absent.jsonl"], "No such file"),
         (["--manifest", tmp_path / "bad"], "line 1: not"),
         (["--manifest", tmp_path / "keys"], "line 1: not"),
+        (["--manifest", tmp_path / "zero"], "line 1: not"),
+        (["--manifest", tmp_path / "surrogate"], "line 1: not"),
+        (["--manifest", tmp_path / "deep"], "line 1: not"),
         (["--manifest", tmp_path / "gone"], "x.wav: no such file"),
         (["--audio", clips[0], "--json", tmp_path / "bad" / "x"], "error: --json"),
     ]:
