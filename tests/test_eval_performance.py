@@ -62,12 +62,10 @@ def test_the_figures_printed_are_those_of_the_samples(on_both):
         total, share = re.fullmatch(r"([\d.]+), ([\d.]+) % of a run", cells["sum of the stages (ms)"][i]).groups()
         assert float(total) == pytest.approx(sum(stages_ms), abs=0.06)
         assert float(share) == pytest.approx(sum(stages_ms) / medians[i] / 10, abs=0.06)
-        missing = abs(1000 * medians[i] - sum(stages_ms)) > 50 * medians[i]
-        assert missing == bool(re.search(rf"^{column['name']}: the stages", result.stdout, re.M))
     speed_up = f"{medians[0]:.3f} / {medians[1]:.3f} = {medians[0] / medians[1]:.2f}"
     assert cells["speed-up over the CPU"][1] == speed_up
     batch_s = np.median(report["columns"][0]["measurements"][2]["samples_s"])
-    assert cells["batch of 3"][2] == f"90 / {batch_s:.2f} = {90 / batch_s:.2f}"
+    assert cells["RTFx, batch of 3"][0] == f"90.0 / {batch_s:.3f} = {90 / batch_s:.2f}"
 
 
 @needs_fake
