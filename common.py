@@ -320,7 +320,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
     name, report = platform.machine(), {"torch_npu": None, "cann": None, "allow_hf32": None}
     if device.type != "cpu":
-        name = getattr(torch, device.type).get_device_name(device.index)
+        name = torch.get_device_module(device).get_device_name(device.index)
     elif os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
@@ -836,9 +836,9 @@ def decode(
     return rows, scores
 
 
-def generate(recognizer: Recognizer, features: list[torch.Tensor], max_new_tokens: int) -> tuple[list, list]:
-    """What decode gives for a batch of features. Raises DeviceError."""
+def generate(recognizer: Recognizer, features: list[torch.Tensor], max_new_tokens: int) -> tuple:
+    """What decode gives for a batch of features, token ids and scores, and the encoder's output. Raises DeviceError."""
     model = recognizer.model
     with torch.inference_mode(), device_errors(model.device):
         encoded = encode(model, torch.cat(features).to(model.device, model.dtype))
-        return decode(recognizer, encoded, max_new_tokens)
+        return *decode(recognizer, encoded, max_new_tokens), encoded

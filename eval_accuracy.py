@@ -168,7 +168,7 @@ def decode(recognizer, clip: Clip, rows: list, max_new_tokens: int) -> list[tupl
     """Free greedy decoding of a batch of features: token ids and scores, for the clip without utterance to the end."""
     if clip.utterance is None:
         recognizer, max_new_tokens = common.endless(recognizer), common.MAX_NEW_TOKENS
-    token_ids, scores = common.generate(recognizer, rows, max_new_tokens)
+    token_ids, scores, _ = common.generate(recognizer, rows, max_new_tokens)
     if len(token_ids) != len(rows):
         raise common.DeviceError(f"{recognizer.model.device} gives {len(token_ids)} rows for a batch of {len(rows)}")
     return list(zip(token_ids, scores, strict=True))

@@ -56,7 +56,7 @@ SHORTEST_WAIT_S = 600  # for the other processes of torchrun, which all have abo
 
 
 @dataclass
-class Segment:
+class Chunk:
     """What was said in one chunk; start and end in seconds from the beginning of the file."""
 
     start: float
@@ -77,10 +77,10 @@ class Segment:
 
 @dataclass(eq=False)
 class Transcript:
-    """One file: its segments in order, its length in seconds, its silent chunks, and why it failed if it did."""
+    """One file: its chunks in order, its length in seconds, its silent chunks, and why it failed if it did."""
 
     path: str
-    segments: list[Segment] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
     duration: float = 0.0
     silent: int = 0
     error: str | None = None
@@ -102,17 +102,16 @@ def torchrun_place() -> tuple[int, int, int, int]:
 
     Raises SetupError where they contradict each other, whoever set them.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
     given = {name: os.environ[name] for name in names if name in os.environ}
-    started = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; clusters set some of the others on their own
+    started = "TORCHELASTIC_RUN_ID" in given  # by torchrun; clusters set some of the others on their own
     try:
-        rank, size, local_rank, local_size = (int(given.get(name, 1 if "SIZE" in name else 0)) for name in names)
-        agree = (rank < size or "WORLD_SIZE" not in given) and (local_rank < local_size or len(given) < 4)
-        agree &= min(rank, local_rank) >= 0 and min(size, local_size) > 0 and (len(given) == 4 or not started)
+        place = (int(given.get(name, sys.maxsize if "SIZE" in name else 0)) for name in names[:4])
+        rank, size, local_rank, local_size = place
+        agree = 0 <= rank < size and 0 <= local_rank < local_size and (len(given) == 5 or not started)
     except ValueError:
         agree = False
     if not agree:
-        given |= {"TORCHELASTIC_RUN_ID": os.environ["TORCHELASTIC_RUN_ID"]} if started else {}
         said = " ".join(f"{name}={text}" for name, text in given.items())
         raise common.SetupError(f"{said}: not what torchrun sets: unset {' '.join(given)}, or start with torchrun")
     return (rank, size, local_rank, local_size) if started else (0, 1, 0, 1)
@@ -213,7 +212,7 @@ def plan_outputs(inputs: dict[str, str], many: bool, args: argparse.Namespace) -
     return outputs
 
 
-# --- Times and cues: token ids -> segments that people can read ---
+# --- Times and cues: token ids -> cues that people can read ---
 
 
 @dataclass
@@ -225,7 +224,7 @@ class Cue:
     text: str  # a part of its chunk's text, with the space that it may begin with
     lines: list[str]
     words: list[tuple[str, float, float]]
-    chunk: Segment
+    chunk: Chunk
 
 
 def loud_frames(waveform: np.ndarray) -> np.ndarray:
@@ -320,8 +319,8 @@ def spoken_parts(runs: list[tuple[range, range]], text: str) -> list[tuple[list[
     return parts
 
 
-def set_times(segment: Segment, tokenizer, ids: list[int], weights) -> None:
-    """Give a segment, whose text is set, the times of its characters; weights as cross_attention yields them.
+def set_times(chunk: Chunk, tokenizer, ids: list[int], weights) -> None:
+    """Give a chunk, whose text is set, the times of its characters; weights as cross_attention yields them.
 
     Only the tokens that are spoken and the loud frames take part, so that nothing is drawn into a pause. Where the
     alignment is doubtful, the characters share the loud frames evenly.
@@ -329,18 +328,18 @@ def set_times(segment: Segment, tokenizer, ids: list[int], weights) -> None:
     text = tokenizer.decode(ids, skip_special_tokens=True)
     n_left_out = len(text) - len(re.sub(common.CONTROL, " ", text).lstrip())
     runs = token_runs(tokenizer, ids, text)
-    segment.breaks = {characters[0] - n_left_out for _, characters in runs}
+    chunk.breaks = {characters[0] - n_left_out for _, characters in runs}
     parts = spoken_parts(runs, text)
     tokens = [i for of_part, _ in parts for i in of_part]
-    frames = segment.loud[segment.loud < weights.shape[-1]]
+    frames = chunk.loud[chunk.loud < weights.shape[-1]]
     if len(tokens) > FASTEST * FRAME_S * len(frames):  # a bang has made the speech look quiet
-        frames = np.arange(min(weights.shape[-1], math.ceil((segment.end - segment.start) / FRAME_S)))
+        frames = np.arange(min(weights.shape[-1], math.ceil((chunk.end - chunk.start) / FRAME_S)))
     path = align(weights[:, [*tokens, len(ids) - 1]], frames) if tokens else None
-    segment.aligned, spans, n_done = path is not None, spread(frames, len(text)), 0
-    for of_part, end in parts if segment.aligned else []:
+    chunk.aligned, spans, n_done = path is not None, spread(frames, len(text)), 0
+    for of_part, end in parts if chunk.aligned else []:
         spans[n_done:end] = spread(frames[np.isin(path, np.searchsorted(tokens, of_part))], end - n_done)
         n_done = end
-    segment.spans = segment.start + spans[n_left_out : n_left_out + len(segment.text)]
+    chunk.spans = chunk.start + spans[n_left_out : n_left_out + len(chunk.text)]
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
@@ -388,7 +387,7 @@ def break_lines(text: str, qualities: list[int], width: float) -> list[str]:
     return [*lines, text[first:].strip()]
 
 
-def readable_parts(chunk: Segment, first: int, end: int, qualities: list[int], limits: tuple) -> list[tuple[int, int]]:
+def readable_parts(chunk: Chunk, first: int, end: int, qualities: list[int], limits: tuple) -> list[tuple[int, int]]:
     """Parts of a chunk's text from first to end that keep to limits (cells in a line, lines) and to LONGEST_CUE_S.
 
     They are cut at long pauses, and then near the middle: best at a pause, after a comma, a phrase, a token.
@@ -413,7 +412,7 @@ def readable_parts(chunk: Segment, first: int, end: int, qualities: list[int], l
 def cues_of(transcript: Transcript, limits: tuple[float, int]) -> list[Cue]:
     """The cues of a file, together all of its text; limits as of readable_parts."""
     cues = []
-    for chunk in transcript.segments:
+    for chunk in transcript.chunks:
         qualities = break_qualities(chunk.text, chunk.breaks)
         for sentence in sentences(chunk.text):
             for first, end in readable_parts(chunk, *sentence, qualities, limits):
@@ -440,8 +439,8 @@ def timestamp(seconds: float, decimal_mark: str = ".", hours_always: bool = Fals
 
 
 def full_text(transcript: Transcript, language: str) -> str:
-    """The text of all segments in one line."""
-    return ("" if language in UNSPACED_LANGUAGES else " ").join(s.text for s in transcript.segments if s.text)
+    """The text of all chunks in one line."""
+    return ("" if language in UNSPACED_LANGUAGES else " ").join(chunk.text for chunk in transcript.chunks if chunk.text)
 
 
 def json_segment(i: int, cue: Cue, word_timestamps: bool) -> dict:
@@ -463,7 +462,7 @@ def render(
     limits as of cues_of, for the cues of subtitles; txt needs no times, and has a line for each sentence.
     """
     if extension == "txt":
-        texts = (s.text[first:end] for s in transcript.segments for first, end in sentences(s.text))
+        texts = (chunk.text[first:end] for chunk in transcript.chunks for first, end in sentences(chunk.text))
         return "".join(f"{text.strip()}\n" for text in texts)
     cues = cues_of(transcript, limits)
     if extension == "tsv":
@@ -509,7 +508,7 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
     rtf = f", RTF {taken_s:.2f} / {audio_s:.2f} = {taken_s / audio_s:.3f}" if audio_s else ""
     return (
         f"{line}; {audio_s:.1f} s of audio in {taken_s:.1f} s{rtf} (and {load_s:.1f} s to load) on {model.device} in "
-        f"{str(model.dtype)[6:]}; chunks: {totals['segments']} decoded, {totals['silent']} silent, {totals['cut']} cut "
+        f"{str(model.dtype)[6:]}; chunks: {totals['decoded']} decoded, {totals['silent']} silent, {totals['cut']} cut "
         f"at the token limit, {totals['looping']} looping"
     )
 
@@ -518,10 +517,10 @@ def record(transcript: Transcript, totals: Counter) -> None:
     """Count a file, and say it where it failed."""
     totals["failed" if transcript.error is not None else "done"] += 1
     totals["audio_s"] += transcript.duration
-    totals["segments"] += len(transcript.segments)
+    totals["decoded"] += len(transcript.chunks)
     totals["silent"] += transcript.silent
-    totals["cut"] += sum(segment.token_limit for segment in transcript.segments)
-    totals["looping"] += sum(segment.looping for segment in transcript.segments)
+    totals["cut"] += sum(chunk.token_limit for chunk in transcript.chunks)
+    totals["looping"] += sum(chunk.looping for chunk in transcript.chunks)
     if transcript.error is not None:
         notice(f"error: {transcript.path}: {transcript.error}")
 
@@ -538,11 +537,11 @@ def progress_bar(paths: list[str], window_s: float) -> tqdm:
     return tqdm(total=total, disable=short, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
 
 
-# --- The pipeline: files -> chunks -> batches -> segments ---
+# --- The pipeline: files -> chunks -> batches -> texts ---
 
 
 def read_files(paths: Iterable[str], extractor, chunk_length_s: float) -> Iterator[tuple]:
-    """The chunks of each file, (transcript, segment, features), and at its end (transcript, None, None).
+    """The chunks of each file, (transcript, chunk, features), and at its end (transcript, None, None).
 
     features is None where the chunk is silent. Whatever goes wrong while a file is read is that file's error.
     """
@@ -550,10 +549,10 @@ def read_files(paths: Iterable[str], extractor, chunk_length_s: float) -> Iterat
         transcript = Transcript(path)
         try:
             for start, end, waveform in common.read_chunks(path, chunk_length_s):
-                features, segment = None, Segment(start, end)
+                features, chunk = None, Chunk(start, end)
                 if waveform is not None:
-                    features, segment.loud = common.extract_features(extractor, waveform), loud_frames(waveform)
-                yield transcript, segment, features
+                    features, chunk.loud = common.extract_features(extractor, waveform), loud_frames(waveform)
+                yield transcript, chunk, features
         except common.AudioError as error:
             transcript.error = str(error)
         except MemoryError:
@@ -576,29 +575,28 @@ def ahead(items: Iterable, n: int) -> Iterator:
         thread.shutdown(cancel_futures=True)
 
 
-def batches(chunks: Iterable[tuple], batch_size: int) -> Iterator[list[tuple]]:
-    """Chunks as read_files yields them, in lists with batch_size to decode among them; a file ends with its last."""
+def batches(items: Iterable[tuple], batch_size: int) -> Iterator[list[tuple]]:
+    """What read_files yields, in lists with batch_size chunks to decode among them; a file ends with its last."""
     batch, n_features = [], 0
-    for chunk in chunks:
-        if chunk[2] is not None and n_features == batch_size:
+    for transcript, chunk, features in items:
+        if features is not None and n_features == batch_size:
             yield batch
             batch, n_features = [], 0
-        batch.append(chunk)
-        n_features += chunk[2] is not None
+        batch.append((transcript, chunk, features))
+        n_features += features is not None
     yield batch
 
 
 def recognize_part(recognizer: common.Recognizer, part: list[tuple], max_new_tokens: int, timed: bool) -> None:
-    """Give the segments of as many chunks as the device takes at once their texts and times. Raises DeviceError."""
+    """Give as many chunks as the device takes at once their texts and, where timed, times. Raises DeviceError."""
     model, tokenizer = recognizer.model, recognizer.tokenizer
+    token_ids, _, encoded = common.generate(recognizer, [features for *_, features in part], max_new_tokens)
+    for (_, chunk, _), ids in zip(part, token_ids, strict=True):
+        chunk.text = re.sub(common.CONTROL, " ", tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        data = chunk.text.encode()
+        chunk.compression_ratio = len(data) / len(zlib.compress(data))
+        chunk.token_limit = ids[-1] != tokenizer.eos_token_id
     with torch.inference_mode(), common.device_errors(model.device):
-        encoded = common.encode(model, torch.cat([features for *_, features in part]).to(model.device, model.dtype))
-        token_ids, _ = common.decode(recognizer, encoded, max_new_tokens)
-        for (_, segment, _), ids in zip(part, token_ids, strict=True):
-            segment.text = re.sub(common.CONTROL, " ", tokenizer.decode(ids, skip_special_tokens=True)).strip()
-            data = segment.text.encode()
-            segment.compression_ratio = len(data) / len(zlib.compress(data))
-            segment.token_limit = ids[-1] != tokenizer.eos_token_id
         for i, weights in enumerate(cross_attention(recognizer, encoded, token_ids) if timed else []):
             set_times(part[i][1], tokenizer, token_ids[i], weights)
 
@@ -606,10 +604,7 @@ def recognize_part(recognizer: common.Recognizer, part: list[tuple], max_new_tok
 def recognize(
     recognizer: common.Recognizer, batch: list[tuple], max_new_tokens: int, batch_size: int, timed: bool = False
 ) -> int:
-    """Give the segments of a batch, as read_files yields them, their texts and, where timed, the times of these.
-
-    Returns the batch size that fits the device. Raises DeviceError.
-    """
+    """recognize_part for a batch, in parts if need be: the batch size that fits the device. Raises DeviceError."""
     n_done = 0
     while n_done < len(batch):
         part = batch[n_done : n_done + batch_size]
@@ -622,9 +617,9 @@ def recognize(
                 raise
         batch_size = len(part) // 2
         if recognizer.model.device.type != "cpu":
-            getattr(torch, recognizer.model.device.type).empty_cache()  # here, where no error holds the tensors
-    for transcript, segment, _ in batch:
-        transcript.segments.append(segment)
+            torch.get_device_module(recognizer.model.device).empty_cache()  # here, where no error holds the tensors
+    for transcript, chunk, _ in batch:
+        transcript.chunks.append(chunk)
     return batch_size
 
 
@@ -639,13 +634,13 @@ def transcribe(
     can be believed, and then DeviceError is raised.
     """
     device, fitting = recognizer.model.device, batch_size
-    chunks = read_files(paths, recognizer.extractor, chunk_length_s)
+    items = read_files(paths, recognizer.extractor, chunk_length_s)
     if device.type != "cpu":  # whose OpenMP threads would wait for each other: half the speed
-        chunks = ahead(chunks, batch_size)
-    for batch in batches(chunks, batch_size):
+        items = ahead(items, batch_size)
+    for batch in batches(items, batch_size):
         before = fitting
         try:
-            decoded = [chunk for chunk in batch if chunk[2] is not None]
+            decoded = [item for item in batch if item[2] is not None]
             fitting = recognize(recognizer, decoded, max_new_tokens, before, timed)
         except common.DeviceError as error:
             for transcript in dict.fromkeys(transcript for transcript, *_ in batch):
@@ -654,13 +649,13 @@ def transcribe(
             raise
         if fitting < before:
             notice(f"warning: {device} is out of memory in batches of {before}: --batch-size {fitting} from here on")
-        for transcript, segment, features in batch:
-            if segment is None:
+        for transcript, chunk, features in batch:
+            if chunk is None:
                 yield transcript
                 continue
-            transcript.duration = segment.end
+            transcript.duration = chunk.end
             transcript.silent += features is None
-            on_progress(segment.end - segment.start)
+            on_progress(chunk.end - chunk.start)
 
 
 # --- Command ---
@@ -696,8 +691,7 @@ def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool
     with progress_bar(paths, recognizer.extractor.chunk_length) as bar:
         results = transcribe(
             recognizer, paths, args.max_new_tokens, args.chunk_length,
-            args.batch_size or common.default_batch_size(device), on_progress=bar.update,
-            timed=timed,
+            args.batch_size or common.default_batch_size(device), on_progress=bar.update, timed=timed,
         )  # fmt: skip
         try:
             for transcript in results:

@@ -247,7 +247,7 @@ def test_a_recording_that_begins_mid_stream(tmp_path, ffmpeg, transcribe):
     said = subprocess.run([ffmpeg, "-v", "error", "-i", tmp_path / "b.ts", "-f", "null", "-"], capture_output=True)
     assert b"mpeg2video" in said.stderr  # it does complain
     [transcript] = transcribe(str(tmp_path / "b.ts"))
-    assert (transcript.error, "".join(s.text for s in transcript.segments)) == (None, "さようなら")
+    assert (transcript.error, "".join(s.text for s in transcript.chunks)) == (None, "さようなら")
 
 
 def test_a_picture_without_sound_says_so(tmp_path, ffmpeg):
@@ -262,7 +262,7 @@ def test_what_libsndfile_cannot_read_goes_through_ffmpeg(tmp_path, ffmpeg, exten
     with pytest.raises(soundfile.LibsndfileError):
         soundfile.info(path)
     [transcript] = transcribe(path)
-    assert (transcript.error, [s.text for s in transcript.segments]) == (None, ["こんにちは"])
+    assert (transcript.error, [s.text for s in transcript.chunks]) == (None, ["こんにちは"])
 
 
 @pytest.mark.parametrize("extension", ["mkv", "webm", "wma", "aac"])
@@ -311,7 +311,7 @@ def test_joined_mp3_of_every_kind_lose_nothing(tmp_path, ffmpeg, transcribe, opt
     path.write_bytes(b"".join(Path(part).read_bytes() for part in parts))
     [transcript] = transcribe(str(path))
     if transcript.error is None:
-        assert "".join(s.text for s in transcript.segments) == "".join(texts)
+        assert "".join(s.text for s in transcript.chunks) == "".join(texts)
     else:  # guessed length and tags in between are too much for both libsndfile and ffmpeg
         assert options == ["-write_xing", "0", "-q:a", "3"] and "damaged, or not audio" in transcript.error
 
@@ -338,7 +338,7 @@ def test_joined_recordings_may_differ_in_sampling_rate(tmp_path, monkeypatch, tr
     monkeypatch.setenv("PATH", "")
     path, parts = joined(tmp_path, extension, (16_000, 44_100, 22_050))
     [transcript] = transcribe(path)
-    assert "".join(s.text for s in transcript.segments) == "こんにちは" * 3 + "さようなら" + "なにぬねの" * 2
+    assert "".join(s.text for s in transcript.chunks) == "こんにちは" * 3 + "さようなら" + "なにぬねの" * 2
     seconds = sum(len(part) / rate for part, rate in zip(parts, (16_000, 44_100, 22_050), strict=True))
     assert transcript.duration == pytest.approx(seconds, abs=0.2)
 
@@ -349,7 +349,7 @@ def test_joined_wav_files_with_something_in_between(tmp_path, transcribe, betwee
     parts = [Path(write(tmp_path / f"{i}.wav", synthesize(text))) for i, text in enumerate(texts)]
     (tmp_path / "joined.wav").write_bytes(between.join(part.read_bytes() for part in parts))
     [transcript] = transcribe(str(tmp_path / "joined.wav"))
-    assert "".join(s.text for s in transcript.segments) == "こんにちはさようなら"
+    assert "".join(s.text for s in transcript.chunks) == "こんにちはさようなら"
 
 
 @pytest.mark.parametrize("extension", ["flac", "mp3"])
@@ -382,7 +382,7 @@ def test_antiphase_under_a_hum(tmp_path, transcribe):
     speech = synthesize("こんにちは")
     hum = 0.3 * np.sin(2 * np.pi * 50 * np.arange(len(speech)) / RATE)
     [transcript] = transcribe(write(tmp_path / "a.wav", 0.5 * np.stack([speech + hum, hum - speech], 1)))
-    assert [s.text for s in transcript.segments] == ["こんにちは"]
+    assert [s.text for s in transcript.chunks] == ["こんにちは"]
 
 
 def test_a_tag_at_the_end_of_an_mp3_is_no_recording(tmp_path):
@@ -411,7 +411,7 @@ def test_a_channel_that_the_mix_would_lose(tmp_path, transcribe, n_channels):
     if n_channels == 2:
         waveform[:, 0] = -speech
     [transcript] = transcribe(write(tmp_path / "a.wav", waveform))
-    assert [s.text for s in transcript.segments] == ["こんにちは"] and transcript.silent == 0
+    assert [s.text for s in transcript.chunks] == ["こんにちは"] and transcript.silent == 0
 
 
 # --- what resampling meets ---
@@ -421,7 +421,7 @@ def test_a_channel_that_the_mix_would_lose(tmp_path, transcribe, n_channels):
 def test_thirty_seconds_at_an_odd_rate(tmp_path, transcribe, rate):
     path = write(tmp_path / "a.wav", np.pad(synthesize("こんにちは", rate), (0, 30 * rate))[: 30 * rate], rate)
     [transcript] = transcribe(path)
-    assert (transcript.error, [s.text for s in transcript.segments]) == (None, ["こんにちは"])
+    assert (transcript.error, [s.text for s in transcript.chunks]) == (None, ["こんにちは"])
 
 
 def test_an_interrupt_while_a_file_is_read_is_not_lost(tmp_path):

@@ -184,7 +184,7 @@ def test_noise_gives_few_false_words(tmp_path, recognizer):
         assert transcript.error is None
         kind = name.split(",")[0]
         n_kana, seconds = counts.get(kind, (0, 0.0))
-        counts[kind] = n_kana + sum(len(s.text) for s in transcript.segments), seconds + transcript.duration
+        counts[kind] = n_kana + sum(len(s.text) for s in transcript.chunks), seconds + transcript.duration
     print({kind: f"{n} kana in {seconds:.0f} s" for kind, (n, seconds) in counts.items()})
     assert counts["silence"][0] == 0
     # Speech has 2.5 kana a second, each a chord of two tones.

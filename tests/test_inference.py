@@ -41,9 +41,9 @@ def one_line(err: str) -> str:
 # --- formats ---
 
 SEGMENTS = [
-    inference.Segment(0.0, 2.5, "こんにちは", 0.8),
-    inference.Segment(59.9996, 3599.9996, "a --> b\tc", 3.0, token_limit=True),
-    inference.Segment(363599.5, 363600.25, "終わり"),
+    inference.Chunk(0.0, 2.5, "こんにちは", 0.8),
+    inference.Chunk(59.9996, 3599.9996, "a --> b\tc", 3.0, token_limit=True),
+    inference.Chunk(363599.5, 363600.25, "終わり"),
 ]
 for segment, end in zip(SEGMENTS, (2.5, 64.9996, 363600.25), strict=True):  # spoken at an even pace
     edges = np.linspace(segment.start, end, len(segment.text) + 1)
@@ -86,7 +86,7 @@ def test_json():
 
 
 def test_languages_written_with_spaces_keep_them():
-    assert inference.full_text(inference.Transcript("", [inference.Segment(0, 1, t) for t in "ab"]), "en") == "a b"
+    assert inference.full_text(inference.Transcript("", [inference.Chunk(0, 1, t) for t in "ab"]), "en") == "a b"
 
 
 @pytest.mark.parametrize("options, space", [

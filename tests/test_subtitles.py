@@ -45,17 +45,17 @@ def measure(device: str, dtype: str, n: int = 200) -> dict[str, float]:
     rng, errors, end_errors, n_aligned, n_exact = np.random.default_rng(13), [], [], 0, 0
     speech = [timed_speech(rng) for _ in range(n)]
     chunks = [
-        (inference.Transcript(""), inference.Segment(0, len(waveform) / 16_000, loud=inference.loud_frames(waveform)),
+        (inference.Transcript(""), inference.Chunk(0, len(waveform) / 16_000, loud=inference.loud_frames(waveform)),
          common.extract_features(recognizer.extractor, waveform)) for waveform, *_ in speech
     ]  # fmt: skip
     for first in range(0, n, 16):
         inference.recognize(recognizer, chunks[first : first + 16], 64, 16, timed=True)
-    for (_, segment, _), (_, text, starts) in zip(chunks, speech, strict=True):
-        if segment.text == text:  # else there is no telling which character is which
+    for (_, chunk, _), (_, text, starts) in zip(chunks, speech, strict=True):
+        if chunk.text == text:  # else there is no telling which character is which
             n_exact += 1
-            n_aligned += segment.aligned
-            errors += list(segment.spans[:, 0] - starts)
-            end_errors += list(segment.spans[:, 1] - np.array(starts) - TONE_S)
+            n_aligned += chunk.aligned
+            errors += list(chunk.spans[:, 0] - starts)
+            end_errors += list(chunk.spans[:, 1] - np.array(starts) - TONE_S)
     return {
         "exact": n_exact, "proportional": n_exact - n_aligned, "starts": len(errors), "bias": np.median(errors),
         "median": np.median(np.abs(errors)), "90 %": np.quantile(np.abs(errors), 0.9), "worst": np.abs(errors).max(),
@@ -85,16 +85,16 @@ def test_characters_begin_when_they_are_spoken_on_the_npu():
     check(json.loads(result.stdout), "npu, float16:")
 
 
-def align(recognizer, waveform: np.ndarray, text: str) -> inference.Segment:
-    """A segment that says text, whatever was spoken, with its times."""
-    segment = inference.Segment(0, len(waveform) / 16_000, text.strip(), loud=inference.loud_frames(waveform))
+def align(recognizer, waveform: np.ndarray, text: str) -> inference.Chunk:
+    """A chunk that says text, whatever was spoken, with its times."""
+    chunk = inference.Chunk(0, len(waveform) / 16_000, text.strip(), loud=inference.loud_frames(waveform))
     features = common.extract_features(recognizer.extractor, waveform)
     ids = [*recognizer.tokenizer(text, add_special_tokens=False).input_ids, recognizer.tokenizer.eos_token_id]
     with torch.inference_mode():
         encoded = common.encode(recognizer.model, features)
         [weights] = inference.cross_attention(recognizer, encoded, [ids])
-    inference.set_times(segment, recognizer.tokenizer, ids, weights)
-    return segment
+    inference.set_times(chunk, recognizer.tokenizer, ids, weights)
+    return chunk
 
 
 def test_the_attention_is_that_of_transformers(recognizer):
@@ -120,18 +120,18 @@ def test_the_attention_is_that_of_transformers(recognizer):
     ("さようならまたあしたあいたい", "き", "a token of more than 2 s"),
 ])  # fmt: skip
 def test_a_doubtful_alignment_shares_the_loud_frames(recognizer, said, text, why):
-    segment = align(recognizer, synthesize(said, lead_s=1.0), text)
-    assert not segment.aligned, why
+    chunk = align(recognizer, synthesize(said, lead_s=1.0), text)
+    assert not chunk.aligned, why
     if text:
         lead_s = 0 if why == "more tokens than frames" else 1  # then what is loud is not what was said
-        assert segment.spans[0, 0] == pytest.approx(lead_s, abs=0.03) and (np.diff(segment.spans) > 0).all()
+        assert chunk.spans[0, 0] == pytest.approx(lead_s, abs=0.03) and (np.diff(chunk.spans) > 0).all()
 
 
 def test_bytes_of_one_character_share_its_time(recognizer):
     """The tiny model's tokens have no kanji and no emoji: each takes three or four tokens there."""
-    segment = align(recognizer, synthesize("こんにちは"), "こ漢😀「ち。」は")
-    assert segment.breaks == {*range(len(segment.text))} and len(segment.spans) == len(segment.text)
-    assert (np.diff(segment.spans) > 0).all() and (np.diff(segment.spans[:, 0]) > 0).all()
+    chunk = align(recognizer, synthesize("こんにちは"), "こ漢😀「ち。」は")
+    assert chunk.breaks == {*range(len(chunk.text))} and len(chunk.spans) == len(chunk.text)
+    assert (np.diff(chunk.spans) > 0).all() and (np.diff(chunk.spans[:, 0]) > 0).all()
 
 
 @pytest.mark.parametrize("n_bytes", [1, 2])
@@ -141,13 +141,13 @@ def test_half_a_character_within_a_text_turns_no_time_back(recognizer, n_bytes):
     before, kanji, after = texts.input_ids
     ids = [*before, *kanji[:n_bytes], *after, tokenizer.eos_token_id]
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    segment = inference.Segment(0, len(waveform) / 16_000, text, loud=inference.loud_frames(waveform))
+    chunk = inference.Chunk(0, len(waveform) / 16_000, text, loud=inference.loud_frames(waveform))
     with torch.inference_mode():
         encoded = common.encode(recognizer.model, common.extract_features(recognizer.extractor, waveform))
         [weights] = inference.cross_attention(recognizer, encoded, [ids])
-    inference.set_times(segment, tokenizer, ids, weights)
-    assert "\ufffd" in text and segment.aligned and segment.breaks == {*range(len(text))}
-    assert (np.diff(segment.spans.ravel()) >= 0).all() and (np.diff(segment.spans) > 0).all()
+    inference.set_times(chunk, tokenizer, ids, weights)
+    assert "\ufffd" in text and chunk.aligned and chunk.breaks == {*range(len(text))}
+    assert (np.diff(chunk.spans.ravel()) >= 0).all() and (np.diff(chunk.spans) > 0).all()
 
 
 def test_a_bang_does_not_hide_the_speech(tmp_path, transcribe):
@@ -165,38 +165,38 @@ def test_a_long_pause_ends_a_segment_and_no_segment_outlasts_the_speech(recogniz
         parts = [random_text(rng, int(rng.integers(2, 8))) for _ in range(3)]
         pause_s, lead_s = float(rng.choice([1.0, 1.5, 2.5])), float(rng.uniform(0.1, 0.5))
         waveform = np.append(synthesize("、".join(parts), pause_s=pause_s, lead_s=lead_s), np.zeros(16_000, np.float32))
-        segment = inference.Segment(0, len(waveform) / 16_000, loud=inference.loud_frames(waveform))
-        batch.append((inference.Transcript(""), segment, common.extract_features(recognizer.extractor, waveform)))
+        chunk = inference.Chunk(0, len(waveform) / 16_000, loud=inference.loud_frames(waveform))
+        batch.append((inference.Transcript(""), chunk, common.extract_features(recognizer.extractor, waveform)))
         lengths = np.cumsum([0, *map(len, parts)])
         ends = [lead_s + pause_s * i + SLOT_S * lengths[i + 1] - SLOT_S + TONE_S for i in range(3)]
         truth.append(("".join(parts), lengths[1:], ends))
     inference.recognize(recognizer, batch, 64, 16, timed=True)
     n_pauses = n_missed = 0
-    for (_, segment, _), (text, lengths, ends) in zip(batch, truth, strict=True):
-        if segment.text == text:
-            cues = inference.cues_of(inference.Transcript("", [segment], segment.end), LIMITS)
+    for (_, chunk, _), (text, lengths, ends) in zip(batch, truth, strict=True):
+        if chunk.text == text:
+            cues = inference.cues_of(inference.Transcript("", [chunk], chunk.end), LIMITS)
             found = dict(zip(np.cumsum([len(cue.text) for cue in cues]).tolist(), cues, strict=True))
             n_pauses += 2
             n_missed += sum(n not in found for n in lengths[:-1].tolist())
             for n, end in zip(lengths.tolist(), ends, strict=True):
                 assert n not in found or found[n].end <= max(end + 0.3, found[n].start + 1)
-    print(f"{n_missed} of {n_pauses} pauses ended no segment")
+    print(f"{n_missed} of {n_pauses} pauses ended no cue")
     assert n_pauses >= 60 and n_missed <= 0.05 * n_pauses
 
 
 # --- cues ---
 
 
-def chunk_of(text: str, start: float, seconds: float, rng: random.Random, tokens: bool) -> inference.Segment:
+def chunk_of(text: str, start: float, seconds: float, rng: random.Random, tokens: bool) -> inference.Chunk:
     """A chunk whose characters are spoken at random times, some after long pauses."""
-    segment = inference.Segment(start, start + seconds, text.strip(), aligned=True)
-    segment.breaks = {i for i in range(len(text)) if rng.random() < 0.6 or not tokens}
-    n = len(segment.text)
-    segment.spans = np.sort([rng.uniform(0, seconds) for _ in range(2 * n)]).reshape(n, 2)
-    silent = [i for i in range(1, n) if not re.match(r"\w", segment.text[i])]
-    segment.spans[silent, 0] = segment.spans[[i - 1 for i in silent], 1]
-    segment.spans += start
-    return segment
+    chunk = inference.Chunk(start, start + seconds, text.strip(), aligned=True)
+    chunk.breaks = {i for i in range(len(text)) if rng.random() < 0.6 or not tokens}
+    n = len(chunk.text)
+    chunk.spans = np.sort([rng.uniform(0, seconds) for _ in range(2 * n)]).reshape(n, 2)
+    silent = [i for i in range(1, n) if not re.match(r"\w", chunk.text[i])]
+    chunk.spans[silent, 0] = chunk.spans[[i - 1 for i in silent], 1]
+    chunk.spans += start
+    return chunk
 
 
 ALPHABETS = {
@@ -324,7 +324,7 @@ def test_cues_of_the_published_predictions(capsys):
         texts = [row["prediction_raw"].strip() for row in csv.DictReader(file)]
     cues = []
     for text in texts:  # at ReazonSpeech's own pace, for the lengths of its clips are not published
-        chunk = inference.Segment(0, len(text) / 4.7, text, breaks=set(range(len(text))))
+        chunk = inference.Chunk(0, len(text) / 4.7, text, breaks=set(range(len(text))))
         edges = np.linspace(0, chunk.end, len(text) + 1)
         chunk.spans = np.stack([edges[:-1], edges[1:]], 1)
         of_text = inference.cues_of(inference.Transcript("", [chunk], chunk.end), LIMITS)

@@ -12,7 +12,7 @@ GREETING = "こんにちは、さようなら"
 
 def text_of(transcript: inference.Transcript) -> str:
     assert transcript.error is None
-    return "".join(segment.text for segment in transcript.segments)
+    return "".join(segment.text for segment in transcript.chunks)
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
@@ -65,8 +65,8 @@ def test_long_files_lose_nothing(tmp_path, transcribe, seconds):
     [transcript] = transcribe(write(tmp_path / "long.flac", waveform))
     assert text_of(transcript) == spoken(text)
     assert transcript.duration == len(waveform) / 16_000
-    edges = [0.0, *(segment.end for segment in transcript.segments)]
-    assert [segment.start for segment in transcript.segments] == edges[:-1] and edges[-1] == transcript.duration
+    edges = [0.0, *(segment.end for segment in transcript.chunks)]
+    assert [segment.start for segment in transcript.chunks] == edges[:-1] and edges[-1] == transcript.duration
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_chunks_of_several_files_fill_one_batch(corpus, recognizer):
 @pytest.mark.parametrize("chunk_length_s", [4, 10, 30])
 def test_chunk_length(corpus, transcribe, chunk_length_s):
     [transcript] = transcribe(corpus[0][1], chunk_length_s=chunk_length_s)
-    assert max(s.end - s.start for s in transcript.segments) <= chunk_length_s
+    assert max(s.end - s.start for s in transcript.chunks) <= chunk_length_s
     if chunk_length_s < 30:  # the tiny model was trained on up to 40 kana in a window
         assert text_of(transcript) == corpus[1][1]
 
@@ -131,7 +131,7 @@ def test_silence_is_counted_and_not_decoded(tmp_path, recognizer, transcribe):
     assert len(common.generate(recognizer, [features], 20)[0][0]) > 1
     [transcript] = transcribe(write(tmp_path / "a.wav", np.concatenate([speech, silence, speech])))
     assert text_of(transcript) == "こんにちはこんにちは"
-    assert (len(transcript.segments), transcript.silent) == (2, 1)
+    assert (len(transcript.chunks), transcript.silent) == (2, 1)
     [transcript] = transcribe(write(tmp_path / "b.wav", np.zeros(40 * 16_000)))
     assert (text_of(transcript), transcript.silent, transcript.duration) == ("", 3, 40)
 
@@ -140,15 +140,15 @@ def test_the_token_limit_is_seen(tmp_path, transcribe):
     path = write(tmp_path / "a.wav", synthesize("こんにちは"))
     for limit, text, cut in [(3, "こんに", True), (5, "こんにちは", True), (6, "こんにちは", False)]:
         [transcript] = transcribe(path, max_new_tokens=limit)
-        assert [(s.text, s.token_limit) for s in transcript.segments] == [(text, cut)]
+        assert [(s.text, s.token_limit) for s in transcript.chunks] == [(text, cut)]
 
 
 def test_a_loop_is_seen_and_kept(tmp_path, transcribe):
     [transcript] = transcribe(write(tmp_path / "a.wav", synthesize("あ" * 30)))
-    [segment] = transcript.segments
+    [segment] = transcript.chunks
     assert set(segment.text) == {"あ"} and segment.looping
     [transcript] = transcribe(write(tmp_path / "b.wav", synthesize(random_text(np.random.default_rng(0), 25))))
-    assert not transcript.segments[0].looping
+    assert not transcript.chunks[0].looping
 
 
 def test_progress_counts_every_second_once(corpus, transcribe):

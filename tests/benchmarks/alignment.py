@@ -124,9 +124,9 @@ def cost(folder: str, n_tokens: int, runs: int) -> None:
     taken = {False: [], True: []}
     for i in range(runs + 1):
         for timed in taken:
-            segment = inference.Segment(0, 15, loud=inference.loud_frames(waveform))
+            chunk = inference.Chunk(0, 15, loud=inference.loud_frames(waveform))
             started = time.perf_counter()
-            inference.recognize(recognizer, [(inference.Transcript(""), segment, features)], n_tokens, 1, timed)
+            inference.recognize(recognizer, [(inference.Transcript(""), chunk, features)], n_tokens, 1, timed)
             if i:
                 taken[timed].append(time.perf_counter() - started)
     without, with_times = (statistics.median(of_kind) for of_kind in taken.values())

@@ -7,7 +7,9 @@ Prints a JSON line for each: the fault, the exit status, the worst figures, and 
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -224,16 +226,37 @@ HEALTHY = [nothing, reordered_reductions, tanh_gelu_of_the_device, hf32_that_sta
 FIGURES = ("relative", "encoder", "repeat", "cache", "float32_relative", "float32_encoder")
 
 
+@functools.cache
+def load_reference(name: str) -> common.Recognizer:
+    import torch
+
+    return common.load_model(name, torch.device("cpu"), torch.float32)
+
+
+def measure_reference(recognizer, clip, features, max_new_tokens, measure=eval_accuracy.measure_reference):
+    """What the reference, which has no faults, computes: once for all of them."""
+    key = clip.name, max_new_tokens, eval_accuracy.common.MAX_NEW_TOKENS
+    if key not in MEASURED:
+        MEASURED[key] = measure(recognizer, clip, features, max_new_tokens), copy.deepcopy(vars(clip))
+    arrays, of_clip = MEASURED[key]
+    vars(clip).update(copy.deepcopy(of_clip))
+    return arrays
+
+
+MEASURED = {}
+
+
 def evaluate(fault, dtype: str, max_new_tokens: int, arguments: list[str]) -> dict:
     """Run eval_accuracy.py with a fault in the candidate; its clip to the last position has max_new_tokens."""
     import torch_npu
 
     load_model, device = common.load_model, (torch_npu.FAULT, torch_npu.KERNEL_ERROR, torch_npu.npu_gelu)
+    eval_accuracy.measure_reference = measure_reference
 
     def load_faulty(name, device, dtype):
+        if device.type == "cpu":
+            return load_reference(name)
         recognizer = load_model(name, device, dtype)
-        if device.type == "cpu":  # the reference has no faults
-            return recognizer
         if fault == "wrong_suppress_list":
             return dataclasses.replace(recognizer, bias=recognizer.bias.roll(1, 1))
         fault(recognizer.model)
