@@ -7,6 +7,8 @@ of torch_npu 2.9.0 (Ascend/pytorch 12d689a) and its op-plugin (7213914):
     npu_gelu        exact: aclnnGeluV2; use_compatible_impl, which makes F.gelu exact, only from 2.9.0.post1 on
     convolution     float32 in HF32 (11 bits of mantissa) while conv.allow_hf32, which is True at first
     mm, addmm, bmm  the same while matmul.allow_hf32, which is False at first
+    halves          products are added in float32 and rounded once: the Cube's L0C is float32, and Fixpipe writes it out
+                    with quantPre F322F16 or F322BF16 (docs/api/context/Fixpipe.md of cannmirror/asc-devkit)
     allow_hf32      the value is stored, then AclSetCompileopt may fail: core/npu/register/OptionRegister.cpp
     copies          from the host wait for the stream unless they are non_blocking: CopyKernelOpApi.cpp
     task queue      an asynchronous failure is raised once; after that operations are dropped and copies back give what
@@ -98,6 +100,11 @@ def hf32(x):
     return ((x.contiguous().view(torch.int32) + (1 << 11)) & ~((1 << 12) - 1)).view(torch.float32)
 
 
+def widen(value):
+    """A tensor of halves in float32."""
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def compute(func, name, args, kwargs):
     """The result of an operation as the device's kernel gives it."""
     if name == "gelu" and not torch_npu_module.compatible:
@@ -108,7 +115,11 @@ def compute(func, name, args, kwargs):
         factors = args[1:3] if name == "addmm" else args[:2]
         first = int(name == "addmm")
         args = (*args[:first], *map(hf32, factors), *args[first + 2 :])
+    half = args[0].dtype if (name in cubes or name == "scaled_dot_product_attention") else None
+    if half in (torch.float16, torch.bfloat16):
+        args, kwargs = each(widen, args), {key: widen(value) for key, value in kwargs.items()}
     output = func(*args, **kwargs)
+    output = output if half is None else output.to(half)
     if FAULT == "swap" and name == "convolution" and args[3] == [2]:
         output = output.flip(0)
     if FAULT == "cat" and name == "cat" and output.dim() == 4 and args[0][0].dim() == 4 and args[0][0].shape[2] >= 256:
