@@ -267,7 +267,7 @@ def start_npu(index: int | None, local_rank: int) -> tuple[int | None, str | Non
 def select_device(name: str | None, local_rank: int = 0, n_processes: int = 1) -> tuple[torch.device, str | None]:
     """The named device; without a name the NPU, else the CPU and a warning that says why not the NPU.
 
-    The n_processes of a machine share its devices evenly, and the CPU's threads; this one is the local_rank-th. To be
+    The n_processes of a machine share its NPUs and the CPU's threads evenly; this one is the local_rank-th. To be
     called before transformers is imported. Raises SetupError where the named device cannot be used.
     """
     if n_processes > 1:
@@ -343,7 +343,8 @@ def environment(device: torch.device) -> dict[str, object]:
 @dataclass(frozen=True)
 class Recognizer:
     """A Whisper model on its device, its WhisperFeatureExtractor and tokenizer, and on the device too what never
-    changes: prompt, (PROMPT_LENGTH,) int64, and bias, what suppress_bias gives.
+    changes: prompt, (PROMPT_LENGTH,) int64, and bias, (2, n_vocab) float32, 0 or -inf: what to add to the logits of the
+    first token and to those of the others.
     """
 
     model: torch.nn.Module
@@ -381,17 +382,6 @@ def download_model(name: str) -> str:
         remedy = "set HF_ENDPOINT=https://hf-mirror.com, name a local folder with --model, or set HF_HUB_OFFLINE=1 to "
         problem = f"cannot download the model {name}: {first_line(error)} Without access to huggingface.co {remedy}"
         raise SetupError(f"{problem}use what was downloaded before.") from error
-
-
-def suppress_bias(generation, n_vocab: int) -> torch.Tensor:
-    """What to add to the logits of the first token and to those of the others: (2, n_vocab) float32, 0 or -inf.
-
-    It stands for two logits processors of transformers, for which an NPU sorts the vocabulary at every token.
-    """
-    bias = torch.zeros(2, n_vocab)
-    bias[:, generation.suppress_tokens or []] = -math.inf
-    bias[0, generation.begin_suppress_tokens or []] = -math.inf
-    return bias
 
 
 def prompt_of(config, generation, processor, language: str, task: str) -> torch.Tensor:
@@ -449,13 +439,6 @@ def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple
     return context, None
 
 
-def arrange_cross_attention(cache) -> None:
-    """Lay out the keys and values of the encoder's output as cpu_attention reads them fastest, once for all tokens."""
-    for layer in cache.cross_attention_cache.layers:
-        layer.keys = layer.keys.float()
-        layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)
-
-
 def use_cpu_kernels(model: torch.nn.Module) -> None:
     """Give a model in bfloat16 on a CPU, which is not moved any more, cpu_attention and packed weights."""
     import transformers
@@ -492,7 +475,10 @@ def load_model(
             raise SetupError(f"--language {language}: not a language of {name}, which knows {known}")
         processor = transformers.WhisperProcessor.from_pretrained(folder)
         prompt = prompt_of(config, generation, processor, language, task)
-        bias = suppress_bias(generation, config.vocab_size)
+        # In place of two logits processors of transformers, for which an NPU sorts the vocabulary at every token.
+        bias = torch.zeros(2, config.vocab_size)
+        bias[:, generation.suppress_tokens or []] = -math.inf
+        bias[0, generation.begin_suppress_tokens or []] = -math.inf
         model, report = transformers.WhisperForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
         )
@@ -564,14 +550,6 @@ class Part(io.RawIOBase):
     def readinto(self, buffer) -> int:
         """As any file's."""
         return self.file.readinto(memoryview(buffer)[: max(0, self.end - self.file.tell())])
-
-
-class Stream(soundfile.SoundFile):
-    """A sound file read from its beginning to its end."""
-
-    def seekable(self) -> bool:
-        """False: else soundfile seeks after every read to where it is, after which an MP3 decoder errs for 40 ms."""
-        return False
 
 
 def sound_blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
@@ -677,7 +655,8 @@ def read_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
                 end = riff_end(file, start, size)
                 # By descriptor: libsndfile loses an interrupt within a Part, and by its name x.raw passes for audio.
                 part = file.fileno() if (start, end) == (0, size) else Part(file, start, end)
-                with Stream(part, closefd=False) as sound:
+                with soundfile.SoundFile(part, closefd=False) as sound:
+                    sound.seekable = lambda: False  # else it seeks after every read, and MP3 is wrong for 40 ms
                     for block in sound_blocks(sound):
                         read_s += len(block) / sound.samplerate
                         yield sound.samplerate, mix_down(block)
@@ -820,7 +799,9 @@ def decode(
             input_ids=token_ids, encoder_hidden_states=encoded, past_key_values=cache, cache_position=position
         ).last_hidden_state[:, -1]
         if i == 0 and model.config._attn_implementation == "cpu_attention":
-            arrange_cross_attention(cache)
+            for layer in cache.cross_attention_cache.layers:  # laid out once, as cpu_attention reads them fastest
+                layer.keys = layer.keys.float()
+                layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)
         chosen.append((model.proj_out(hidden).float() + bias[min(i, 1)]).max(-1))
         ended |= chosen[i].indices == end
         if (i + 1) % CHECK_EVERY == 0 and ended.all():

@@ -42,7 +42,7 @@ FORMULAS = {key: formula for key, (_, formula) in FIGURES.items()} | {
 
 @dataclass
 class Clip:
-    """What was compared in one chunk of audio; the figures are those of FORMULAS."""
+    """What was compared in one chunk of audio; overall has FIGURES, per_token other FORMULAS too."""
 
     name: str
     utterance: int | None  # which recording it is a part of; None for the clip that is decoded to the last position
@@ -80,8 +80,7 @@ def compare_whole(reference: np.ndarray, candidate: np.ndarray) -> dict[str, flo
 
 def relative_errors(reference: dict[str, np.ndarray], candidate: dict[str, np.ndarray]) -> tuple[float, float]:
     """relative of FORMULAS, of the logits and of the encoder's output, of what forward gives."""
-    logits, encoder = (compare_whole(reference[key], candidate[key])["relative"] for key in ("logits", "encoder"))
-    return logits, encoder
+    return tuple(compare_whole(reference[key], candidate[key])["relative"] for key in ("logits", "encoder"))
 
 
 def normalize_text(text: str) -> str:
@@ -154,17 +153,25 @@ def forbid_hf32(device: torch.device) -> None:
 # --- Measuring ---
 
 
-def read_clips(path: str | None, utterance: int, extractor) -> Iterator[tuple[Clip, torch.Tensor]]:
-    """The clips to compare and their features: every chunk that is not silent, or the sweep. Raises AudioError."""
-    if path is None:
-        yield Clip("sweep", utterance), common.extract_features(extractor, common.sweep())
-        return
-    for start, end, waveform in common.read_chunks(path, common.CHUNK_LENGTH_S):
+def read_clips(path: str | None, utterance: int, extractor, twice: bool) -> Iterator[tuple[Clip, torch.Tensor]]:
+    """The clips to compare and their features: every chunk that is not silent, or the sweep. Raises AudioError.
+
+    Where twice is True, the first comes again, to be decoded to the last position.
+    """
+    chunks = [("sweep", common.sweep())]
+    if path is not None:
+        read = common.read_chunks(path, common.CHUNK_LENGTH_S)
+        chunks = ((f"{path}, {start:.1f} to {end:.1f} s", waveform) for start, end, waveform in read)
+    for name, waveform in chunks:
         if waveform is not None:
-            yield Clip(f"{path}, {start:.1f} to {end:.1f} s", utterance), common.extract_features(extractor, waveform)
+            features = common.extract_features(extractor, waveform)
+            yield Clip(name, utterance), features
+            if twice:
+                yield Clip(f"{name}, to the last position", None), features
+            twice = False
 
 
-def decode(recognizer, clip: Clip, rows: list, max_new_tokens: int) -> list[tuple[list[int], list[float]]]:
+def decode_freely(recognizer, clip: Clip, rows: list, max_new_tokens: int) -> list[tuple[list[int], list[float]]]:
     """Free greedy decoding of a batch of features: token ids and scores, for the clip without utterance to the end."""
     if clip.utterance is None:
         recognizer, max_new_tokens = common.endless(recognizer), common.MAX_NEW_TOKENS
@@ -195,7 +202,8 @@ def cache_errors(recognizer, clip: Clip, features, batches: list, logits, args) 
     """
     known, errors = {tuple(clip.tokens): logits}, {}
     for batch in batches:
-        for row, (tokens, scores) in zip(batch, decode(recognizer, clip, batch, args.max_new_tokens), strict=True):
+        decoded = decode_freely(recognizer, clip, batch, args.max_new_tokens)
+        for row, (tokens, scores) in zip(batch, decoded, strict=True):
             if row is features:
                 if (key := tuple(tokens)) not in known:
                     known[key] = forward(recognizer, [features], tokens)["logits"]
@@ -226,7 +234,7 @@ def compare_decoding(recognizer, clip: Clip, tokens: list[int], logits: np.ndarr
 
 def measure_reference(recognizer, clip: Clip, features: torch.Tensor, max_new_tokens: int) -> dict[str, np.ndarray]:
     """What the candidate is held against."""
-    [(clip.tokens, _)] = decode(recognizer, clip, [features], max_new_tokens)
+    [(clip.tokens, _)] = decode_freely(recognizer, clip, [features], max_new_tokens)
     clip.text = recognizer.tokenizer.decode(clip.tokens, skip_special_tokens=True).strip()
     arrays = forward(recognizer, [features], clip.tokens)
     top = np.sort(np.partition(arrays["logits"], -2)[:, -2:])
@@ -292,43 +300,40 @@ def judge(clip: Clip, threshold: float) -> None:
             clip.faults.append(f"{name} {clip.overall[name]:.3g} is not below {limit:g}")
 
 
-def measure(reference, exact, candidate, paths: list[str | None], args) -> tuple[list[Clip], list[str]]:
-    """Compare every clip: the clips, and the files that cannot be read, which are left out.
+def compare_clip(reference, exact, candidate, clip: Clip, features, expected: dict[str, np.ndarray], args) -> None:
+    """Hold the device, in float32 and in its dtype, against what the reference computed. Raises DeviceError."""
+    measure_float32(exact, reference, clip, features, expected, args)
+    measure_candidate(candidate, clip, features, expected, args)
+    judge(clip, args.threshold)
+    with common.device_errors(candidate.bias.device):
+        if not torch.equal(reference.bias, candidate.bias.cpu()):
+            clip.faults.append("the candidate suppresses other tokens than the reference")
+
+
+def measure(reference, exact, candidate, paths: list[str | None], args) -> tuple[list[Clip], list[str | None]]:
+    """Compare every clip: the clips, and the recordings that are left out because they cannot be read or, after a
+    failure of the device, are not reached: nothing that it returns can be believed.
 
     reference, exact and candidate are the model on the CPU, on the device in float32, and there in its dtype.
     """
-    clips, left_out, failures = [], [], []
-
-    def compare_clip(clip: Clip, features: torch.Tensor) -> None:
-        """Compare one clip. After a failure nothing that the device returns can be believed, or is asked for."""
-        clips.append(clip)
-        expected = measure_reference(reference, clip, features, args.max_new_tokens)
-        if not failures:
-            try:
-                measure_float32(exact, reference, clip, features, expected, args)
-                measure_candidate(candidate, clip, features, expected, args)
-                judge(clip, args.threshold)
-                with common.device_errors(candidate.bias.device):
-                    if not torch.equal(reference.bias, candidate.bias.cpu()):
-                        clip.faults.append("the candidate suppresses other tokens than the reference")
-            except common.OutOfMemoryError:
-                raise
-            except common.DeviceError as error:
-                failures.append(str(error))
-
+    clips, left_out = [], []
     for i, path in enumerate(paths):
         n_before = len(clips)
         try:
-            for clip, features in read_clips(path, i, reference.extractor):
-                compare_clip(clip, features)
-                if len(clips) == 1:
-                    compare_clip(Clip(f"{clip.name}, to the last position", None), features)
+            for clip, features in read_clips(path, i, reference.extractor, not clips):
+                clips.append(clip)
+                expected = measure_reference(reference, clip, features, args.max_new_tokens)
+                try:
+                    compare_clip(reference, exact, candidate, clip, features, expected, args)
+                except common.OutOfMemoryError:
+                    raise
+                except common.DeviceError as error:
+                    clip.faults.append(str(error))
+                    return clips, left_out + paths[i:]
         except common.AudioError as error:
             del clips[n_before:]
             left_out.append(path)
             common.notice(f"eval_accuracy.py: error: {path}: {error}: left out")
-    for clip in clips:
-        clip.faults += failures
     return clips, left_out
 
 
@@ -359,7 +364,7 @@ def format_table(clips: list[Clip], header: dict[str, str], cer: dict[str, float
         rows[label] = f"{worst([clip.overall[name] for clip in clips]):.6g}"
     rows["top-1 agreement"] = f"{sum(sum(clip.per_token.get('top1_agrees', [])) for clip in own)} of {n_tokens}"
     rows["smallest top-1 margin"] = f"{min(min(clip.per_token['top1_margin']) for clip in own):.6g}"
-    rows |= {f"CER of the {side}": f"{100 * rate:.4f} %" for side, rate in cer.items()}
+    rows |= {f"CER of the {side}": f"{100 * r:.4f} %" if r >= 0 else "no text to count" for side, r in cer.items()}
     rows["verdict"] = (f"FAIL: {len(failed)} of {len(clips)} clips" if failed else "PASS") + n_read
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]

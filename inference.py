@@ -530,8 +530,9 @@ def progress_bar(paths: list[str], window_s: float) -> tqdm:
     if not sys.stderr.isatty() or torchrun_place()[1] > 1:
         return tqdm(disable=True)
     total = None  # of several files, or of one that only ffmpeg can read
-    with contextlib.suppress(soundfile.SoundFileError, TypeError, OSError), open(paths[0], "rb") as file:
-        total = soundfile.info(file).duration if len(paths) == 1 else None
+    if len(paths) == 1 and os.path.isfile(paths[0]):
+        with contextlib.suppress(soundfile.SoundFileError, TypeError, OSError), open(paths[0], "rb") as file:
+            total = soundfile.info(file).duration
     short = total is not None and total <= window_s
     done = "{n:.0f} s of audio" if total is None else "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s of audio"
     return tqdm(total=total, disable=short, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
@@ -587,7 +588,7 @@ def batches(items: Iterable[tuple], batch_size: int) -> Iterator[list[tuple]]:
     yield batch
 
 
-def recognize_part(recognizer: common.Recognizer, part: list[tuple], max_new_tokens: int, timed: bool) -> None:
+def recognize_at_once(recognizer: common.Recognizer, part: list[tuple], max_new_tokens: int, timed: bool) -> None:
     """Give as many chunks as the device takes at once their texts and, where timed, times. Raises DeviceError."""
     model, tokenizer = recognizer.model, recognizer.tokenizer
     token_ids, _, encoded = common.generate(recognizer, [features for *_, features in part], max_new_tokens)
@@ -604,12 +605,12 @@ def recognize_part(recognizer: common.Recognizer, part: list[tuple], max_new_tok
 def recognize(
     recognizer: common.Recognizer, batch: list[tuple], max_new_tokens: int, batch_size: int, timed: bool = False
 ) -> int:
-    """recognize_part for a batch, in parts if need be: the batch size that fits the device. Raises DeviceError."""
+    """recognize_at_once for a batch, in parts if need be: the batch size that fits the device. Raises DeviceError."""
     n_done = 0
     while n_done < len(batch):
         part = batch[n_done : n_done + batch_size]
         try:
-            recognize_part(recognizer, part, max_new_tokens, timed)
+            recognize_at_once(recognizer, part, max_new_tokens, timed)
             n_done += len(part)
             continue
         except common.OutOfMemoryError:
@@ -676,8 +677,8 @@ def share(paths: Iterable[str], rank: int, world_size: int) -> list[str]:
     return mine
 
 
-def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool, totals: Counter, args) -> bool:
-    """Load the model, transcribe files and deliver their transcripts; whether all were reached. Raises SetupError."""
+def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool, totals: Counter, args) -> None:
+    """Load the model, transcribe files and deliver their transcripts. Raises SetupError, also where some are left."""
     started = time.perf_counter()
     device, warning = common.select_device(args.device, *torchrun_place()[2:])
     if warning:
@@ -703,8 +704,8 @@ def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool
             stopped = error
     notice(closing_line(totals, loaded - started, time.perf_counter() - loaded, recognizer.model))
     if stopped:
-        notice(f"error: {stopped}; files not reached: {n_left} (--output-dir and --skip-existing go on with them)")
-    return stopped is None
+        remedy = "--output-dir and --skip-existing go on with them"
+        raise common.SetupError(f"{stopped}; files not reached: {n_left} ({remedy})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -731,9 +732,9 @@ def run(args: argparse.Namespace) -> int:
         record(transcript, totals)
     paths = [path for path in mine if not (args.skip_existing and all(map(os.path.isfile, outputs[path])))]
     totals["skipped"] = len(mine) - len(paths)
-    if paths and not transcribe_files(paths, outputs, many, totals, args):
-        return 2
-    if not paths and (totals["skipped"] or world_size > 1):
+    if paths:
+        transcribe_files(paths, outputs, many, totals, args)
+    elif totals["skipped"] or world_size > 1:
         notice(closing_line(totals))
     return int(totals["failed"] > 0)
 
@@ -770,7 +771,7 @@ def shared_status(store, status: int, bound_s: float) -> int:
     try:
         store.set(keys[rank], str(status))
         store.set_timeout(timedelta(seconds=bound_s))
-        return max(map(int, store.multi_get(keys)), key=[0, 1, 141, 2].index)
+        return max(map(int, store.multi_get(keys)))
     except RuntimeError as error:
         notice(f"error: the other processes do not end ({common.first_line(error)})")
         return status or 1

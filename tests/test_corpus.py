@@ -157,11 +157,12 @@ def test_an_environment_that_contradicts_itself_is_refused(corpus, tmp_path, env
 
 
 def test_threads_are_divided_among_processes(tmp_path):
-    code = "import common, torch; common.select_device('cpu'); print(torch.get_num_threads())"
-    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    code = "import os, inference, common, torch; os.sched_getaffinity = lambda pid: range(12)\n" \
+        "common.select_device('cpu', *inference.torchrun_place()[2:]); print(torch.get_num_threads())"
+    place = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}
     environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
     out = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert int(out.stdout) == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert int(out.stdout) == 3, out.stderr
 
 
 # --- starting again ---

@@ -184,6 +184,24 @@ def test_a_damaged_recording_is_left_out_and_counted(tmp_path, evaluate, clips):
     assert [line for line in out.splitlines() if "CER" in line] == [x for x in expected.splitlines() if "CER" in x]
 
 
+def test_after_a_failure_of_the_device_the_rest_is_not_reached_and_counts_nowhere(tmp_path, evaluate, monkeypatch):
+    texts = ["こんにちは", "さようなら", "こんばんは"]
+    rows = [{"audio": write(tmp_path / f"{i}.wav", synthesize(text)), "text": text} for i, text in enumerate(texts)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measure = eval_accuracy.measure_candidate
+
+    def fail(recognizer, clip, *rest) -> None:
+        if clip.utterance == 1:
+            raise common.DeviceError("npu:0 failed")
+        measure(recognizer, clip, *rest)
+
+    monkeypatch.setattr(eval_accuracy, "measure_candidate", fail)
+    status, out, _ = evaluate("--manifest", tmp_path / "m.jsonl", "--dtype", "float32")
+    assert status == 1 and "verdict                       FAIL: 1 of 3 clips, on 1 of 3 recordings\n" in out
+    assert out.count(" 0.0000 %\n") == 2  # of the one recording that was compared
+    assert out.splitlines()[-1].startswith("FAIL " + rows[1]["audio"]) and out.endswith(" s: npu:0 failed\n")
+
+
 @pytest.mark.parametrize("script", ["eval_accuracy.py", "eval_performance.py"])
 def test_a_report_is_refused_at_the_start_where_it_cannot_be_or_must_not(tmp_path, clips, script, monkeypatch):
     module = {"eval_accuracy.py": eval_accuracy, "eval_performance.py": eval_performance}[script]

@@ -40,15 +40,15 @@ def one_line(err: str) -> str:
 
 # --- formats ---
 
-SEGMENTS = [
+CHUNKS = [
     inference.Chunk(0.0, 2.5, "こんにちは", 0.8),
     inference.Chunk(59.9996, 3599.9996, "a --> b\tc", 3.0, token_limit=True),
     inference.Chunk(363599.5, 363600.25, "終わり"),
 ]
-for segment, end in zip(SEGMENTS, (2.5, 64.9996, 363600.25), strict=True):  # spoken at an even pace
-    edges = np.linspace(segment.start, end, len(segment.text) + 1)
-    segment.spans = np.stack([edges[:-1], edges[1:]], 1)
-TRANSCRIPT = inference.Transcript("audio/x.wav", SEGMENTS, 363600.25)
+for chunk, end in zip(CHUNKS, (2.5, 64.9996, 363600.25), strict=True):  # spoken at an even pace
+    edges = np.linspace(chunk.start, end, len(chunk.text) + 1)
+    chunk.spans = np.stack([edges[:-1], edges[1:]], 1)
+TRANSCRIPT = inference.Transcript("audio/x.wav", CHUNKS, 363600.25)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_one_file_prints_its_text_and_nothing_else(audio, infer):
     )  # fmt: skip
 
 
-def test_a_long_file_prints_a_line_per_segment(audio, infer):
+def test_a_long_file_prints_a_line_per_sentence(audio, infer):
     _, out, _ = infer("--audio", audio / "long.flac")
     assert len(out.splitlines()) >= 4 and out.replace("\n", "") == spoken(LONG)
 
@@ -450,6 +450,15 @@ def on_terminal(*arguments: str) -> str:
 def test_a_progress_bar_in_seconds_of_audio(audio):
     assert re.search(r"100%\|.*\| 5\d of 5\d s of audio", on_terminal("--audio", audio / "long.flac"))
     assert "s of audio [" not in on_terminal("--audio", audio / "hello.wav")
+
+
+def test_the_progress_bar_waits_for_no_pipe(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "a.wav")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    signal.alarm(20)  # else it would wait for ever
+    for paths in (["a.wav"], ["a.wav", "b.wav"]):
+        inference.progress_bar([str(tmp_path / name) for name in paths], 30).close()
+    signal.alarm(0)
 
 
 def test_on_a_terminal_a_name_may_be_any_bytes(audio, tmp_path):

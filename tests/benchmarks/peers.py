@@ -285,7 +285,8 @@ def main() -> None:
         print(*row, sep="; ", file=sys.stderr)
     print(f"{args.runs} runs of the clip after one warm-up, medians; one run of {args.minutes:g} min: {len(chunks)} "
           f"chunks of up to 30 s with {n_tokens} tokens each, or of up to 15 s with half of that\n")  # fmt: skip
-    print(eval_performance.format_table(rows))
+    for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
+        print("|", " | ".join(row), "|")
 
 
 if __name__ == "__main__":
