@@ -88,7 +88,7 @@ def test_compare():
 
 def test_teacher_forcing_reproduces_greedy_decoding(recognizer):
     features = common.extract_features(recognizer.extractor, synthesize("こんにちは"))
-    [(tokens, _)] = eval_accuracy.decode(recognizer, eval_accuracy.Clip("", 0), [features], 20)
+    [(tokens, _)] = eval_accuracy.decode_freely(recognizer, eval_accuracy.Clip("", 0), [features], 20)
     logits = eval_accuracy.forward(recognizer, [features], tokens)["logits"]
     assert recognizer.tokenizer.decode(tokens, skip_special_tokens=True) == "こんにちは"
     assert logits.shape == (6, recognizer.model.config.vocab_size)
@@ -230,7 +230,7 @@ def test_a_report_over_the_manifest_is_refused(tmp_path, evaluate, clips):
 
 def test_a_tie_is_noted_and_what_is_none_is_a_fault(recognizer):
     features = common.extract_features(recognizer.extractor, synthesize("こんにちは"))
-    [(tokens, _)] = eval_accuracy.decode(recognizer, eval_accuracy.Clip("", 0), [features], 20)
+    [(tokens, _)] = eval_accuracy.decode_freely(recognizer, eval_accuracy.Clip("", 0), [features], 20)
     logits = eval_accuracy.forward(recognizer, [features], tokens)["logits"]
     other = tokens[0]
     logits[2, other] = logits[2, tokens[2]] + 0.015  # a reference that likes another token better by 0.015
