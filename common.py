@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 # Where torch_npu is installed and CANN is not, a plain `import torch` fails; start_npu imports it with care.
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else the C++ of torch writes a backtrace for what it raises
 import torch
 
 MODEL = "kotoba-tech/kotoba-whisper-v2.0"

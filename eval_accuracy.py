@@ -310,9 +310,9 @@ def compare_clip(reference, exact, candidate, clip: Clip, features, expected: di
             clip.faults.append("the candidate suppresses other tokens than the reference")
 
 
-def measure(reference, exact, candidate, paths: list[str | None], args) -> tuple[list[Clip], list[str | None]]:
-    """Compare every clip: the clips, and the recordings that are left out because they cannot be read or, after a
-    failure of the device, are not reached: nothing that it returns can be believed.
+def measure(reference, exact, candidate, paths: list[str | None], args) -> tuple[list[Clip], list[int]]:
+    """Compare every clip: the clips, and which paths are left out because they cannot be read or, after a failure of
+    the device, are not reached: nothing that it returns can be believed.
 
     reference, exact and candidate are the model on the CPU, on the device in float32, and there in its dtype.
     """
@@ -329,10 +329,10 @@ def measure(reference, exact, candidate, paths: list[str | None], args) -> tuple
                     raise
                 except common.DeviceError as error:
                     clip.faults.append(str(error))
-                    return clips, left_out + paths[i:]
+                    return clips, [*left_out, *range(i, len(paths))]
         except common.AudioError as error:
             del clips[n_before:]
-            left_out.append(path)
+            left_out.append(i)
             common.notice(f"eval_accuracy.py: error: {path}: {error}: left out")
     return clips, left_out
 
@@ -444,11 +444,12 @@ def run(args: argparse.Namespace) -> int:
         "HF32": {"npu": "off", "cuda": "TF32 off"}.get(device.type, "none on this device"),
     }
     n_read = f", on {len(paths) - len(left_out)} of {len(paths)} recordings" if left_out else ""
-    references = ["" if path in left_out else text for path, text in utterances]
+    references = ["" if i in left_out else text for i, (_, text) in enumerate(utterances)]
     cer = character_error_rates(clips, references) if args.manifest else {}
     common.write_stdout(format_table(clips, header, cer, n_read) + "\n")
     if args.json:
-        report = {"verdict": "FAIL" if failed else "PASS", **header, "left_out": left_out, "threshold": args.threshold,
+        report = {"verdict": "FAIL" if failed else "PASS", **header, "threshold": args.threshold,
+                  "left_out": [paths[i] for i in left_out],
                   "float32_limit": FLOAT32_LIMIT, "cer": cer, "formulas": FORMULAS, "environment": environment,
                   "clips": [asdict(clip) for clip in clips]}  # fmt: skip
         common.write_report(args.json, report)

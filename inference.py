@@ -108,11 +108,12 @@ def torchrun_place() -> tuple[int, int, int, int]:
     try:
         place = (int(given.get(name, sys.maxsize if "SIZE" in name else 0)) for name in names[:4])
         rank, size, local_rank, local_size = place
-        agree = 0 <= rank < size and 0 <= local_rank < local_size and (len(given) == 5 or not started)
+        agree = 0 <= rank < size and 0 <= local_rank < local_size
+        agree &= not started or (len(given) == 5 and local_rank <= rank and local_size <= size)
     except ValueError:
         agree = False
     if not agree:
-        said = " ".join(f"{name}={text}" for name, text in given.items())
+        said = common.one_line(" ".join(f"{name}={text}" for name, text in given.items()))
         raise common.SetupError(f"{said}: not what torchrun sets: unset {' '.join(given)}, or start with torchrun")
     return (rank, size, local_rank, local_size) if started else (0, 1, 0, 1)
 
@@ -618,7 +619,8 @@ def recognize(
                 raise
         batch_size = len(part) // 2
         if recognizer.model.device.type != "cpu":
-            torch.get_device_module(recognizer.model.device).empty_cache()  # here, where no error holds the tensors
+            with common.device_errors(recognizer.model.device):
+                torch.get_device_module(recognizer.model.device).empty_cache()  # here, where no error holds the tensors
     for transcript, chunk, _ in batch:
         transcript.chunks.append(chunk)
     return batch_size
@@ -750,7 +752,7 @@ def open_store():
     try:
         store = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=STORE_TIMEOUT_S))
         n_processes = store.add(f"{STORE_KEY} rank {rank}", 1)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise common.SetupError(
             f"torchrun's store at {address}:{port} does not answer ({common.first_line(error)}): unset what an earlier "
             "torchrun left in the environment, or start with torchrun"

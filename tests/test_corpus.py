@@ -143,7 +143,8 @@ def test_what_a_cluster_leaves_in_the_environment_divides_nothing(corpus, leaked
 
 @pytest.mark.parametrize("environment", [
     {"WORLD_SIZE": "4", "RANK": "9"}, {"WORLD_SIZE": "", "RANK": ""}, {"WORLD_SIZE": "two", "RANK": "0"},
-    {"WORLD_SIZE": "-1", "RANK": "0"}, {"WORLD_SIZE": "0", "RANK": "0"}, {"LOCAL_RANK": "x"},
+    {"WORLD_SIZE": "-1", "RANK": "0"}, {"WORLD_SIZE": "0", "RANK": "0"}, {"LOCAL_RANK": "1\n2"},
+    {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"},
     {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"},
     {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
     {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
@@ -163,6 +164,17 @@ def test_threads_are_divided_among_processes(tmp_path):
     environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
     out = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert int(out.stdout) == 3, out.stderr
+
+
+@pytest.mark.parametrize("port", ["1", "99999", "x"])
+def test_a_store_that_does_not_answer_is_one_line(corpus, tmp_path, port):
+    code = "import sys, inference; inference.STORE_TIMEOUT_S = 1; sys.exit(inference.main(sys.argv[1:]))"
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", code, "--audio", corpus[0], "-o", tmp_path]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert f"torchrun's store at 127.0.0.1:{port} does not answer" in result.stderr
 
 
 # --- starting again ---

@@ -187,6 +187,7 @@ def test_a_damaged_recording_is_left_out_and_counted(tmp_path, evaluate, clips):
 def test_after_a_failure_of_the_device_the_rest_is_not_reached_and_counts_nowhere(tmp_path, evaluate, monkeypatch):
     texts = ["こんにちは", "さようなら", "こんばんは"]
     rows = [{"audio": write(tmp_path / f"{i}.wav", synthesize(text)), "text": text} for i, text in enumerate(texts)]
+    rows = [rows[0], rows[1], rows[0], rows[2]]  # one comes again after the failure
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     measure = eval_accuracy.measure_candidate
 
@@ -197,7 +198,7 @@ def test_after_a_failure_of_the_device_the_rest_is_not_reached_and_counts_nowher
 
     monkeypatch.setattr(eval_accuracy, "measure_candidate", fail)
     status, out, _ = evaluate("--manifest", tmp_path / "m.jsonl", "--dtype", "float32")
-    assert status == 1 and "verdict                       FAIL: 1 of 3 clips, on 1 of 3 recordings\n" in out
+    assert status == 1 and "verdict                       FAIL: 1 of 3 clips, on 1 of 4 recordings\n" in out
     assert out.count(" 0.0000 %\n") == 2  # of the one recording that was compared
     assert out.splitlines()[-1].startswith("FAIL " + rows[1]["audio"]) and out.endswith(" s: npu:0 failed\n")
 
