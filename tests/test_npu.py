@@ -113,6 +113,24 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path, kind):
 
 
 @needs_fake
+def test_an_error_that_shows_when_memory_is_freed_ends_the_run(three):
+    code = """if True:
+        import sys, common, inference
+        common.select_device("npu")
+        import torch
+        def empty_cache():
+            raise RuntimeError("The Inner error is reported as above.")
+        torch.npu.empty_cache = empty_cache
+        sys.exit(inference.main(sys.argv[1:]))
+    """
+    environment = {**os.environ, "PYTHONPATH": f"{FAKE_NPU}:{ROOT}", "FAKE_NPU_BYTES": str(2 * 128 * 3000 * 2 + 100)}
+    command = [sys.executable, "-c", code, "--model", MODEL, "--device", "npu", "--audio", *three]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "") and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("inference.py: error: npu:0 failed: The Inner error")
+
+
+@needs_fake
 def test_where_no_chunk_fits_the_run_ends(three):
     result = infer("--audio", *three, "--device", "npu", FAKE_NPU_BYTES="700000")
     assert (result.returncode, result.stdout) == (2, "")
