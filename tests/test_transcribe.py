@@ -12,7 +12,7 @@ GREETING = "こんにちは、さようなら"
 
 def text_of(transcript: inference.Transcript) -> str:
     assert transcript.error is None
-    return "".join(segment.text for segment in transcript.chunks)
+    return "".join(chunk.text for chunk in transcript.chunks)
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
@@ -65,8 +65,8 @@ def test_long_files_lose_nothing(tmp_path, transcribe, seconds):
     [transcript] = transcribe(write(tmp_path / "long.flac", waveform))
     assert text_of(transcript) == spoken(text)
     assert transcript.duration == len(waveform) / 16_000
-    edges = [0.0, *(segment.end for segment in transcript.chunks)]
-    assert [segment.start for segment in transcript.chunks] == edges[:-1] and edges[-1] == transcript.duration
+    edges = [0.0, *(chunk.end for chunk in transcript.chunks)]
+    assert [chunk.start for chunk in transcript.chunks] == edges[:-1] and edges[-1] == transcript.duration
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +145,8 @@ def test_the_token_limit_is_seen(tmp_path, transcribe):
 
 def test_a_loop_is_seen_and_kept(tmp_path, transcribe):
     [transcript] = transcribe(write(tmp_path / "a.wav", synthesize("あ" * 30)))
-    [segment] = transcript.chunks
-    assert set(segment.text) == {"あ"} and segment.looping
+    [chunk] = transcript.chunks
+    assert set(chunk.text) == {"あ"} and chunk.looping
     [transcript] = transcribe(write(tmp_path / "b.wav", synthesize(random_text(np.random.default_rng(0), 25))))
     assert not transcript.chunks[0].looping
 

@@ -226,6 +226,9 @@ HEALTHY = [nothing, reordered_reductions, tanh_gelu_of_the_device, hf32_that_sta
 FIGURES = ("relative", "encoder", "repeat", "cache", "float32_relative", "float32_encoder")
 
 
+MEASURED = {}  # what measure_reference gave, and what it noted in the clip
+
+
 @functools.cache
 def load_reference(name: str) -> common.Recognizer:
     import torch
@@ -241,9 +244,6 @@ def measure_reference(recognizer, clip, features, max_new_tokens, measure=eval_a
     arrays, of_clip = MEASURED[key]
     vars(clip).update(copy.deepcopy(of_clip))
     return arrays
-
-
-MEASURED = {}
 
 
 def evaluate(fault, dtype: str, max_new_tokens: int, arguments: list[str]) -> dict:
