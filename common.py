@@ -46,7 +46,7 @@ FAR_QUIETER = 100  # 20 dB, in power
 READ_AHEAD = 1 << 20  # bytes: more than a page of an Ogg file, than libFLAC reads at once, or than a picture in a tag
 RECORDING_STARTS = {
     "OGG": rb"OggS\x00[\x00\x01\x04\x05].*?(OggS\x00\x02)",
-    "MP3": rb"(ID3[\x02-\x04]\x00|\xff[\xe0-\xff]..(?:.{9}|.{17}|.{32})(?:Xing|Info))",
+    "MP3": rb"(ID3[\x02-\x04]\x00|\xff[\xe0-\xff]..(?:.{9}|.{17}|.{32})(?:Xing|Info)|(?<=TAG.{125})\xff[\xe0-\xff])",
 }
 OTHER_STARTS = rb"((?:RIFF|RIFX|RF64)....WAVE|FORM....AIF|[.]snd\x00\x00|caff\x00\x01|fLaC\x00\x00\x00\x22)"
 TWO_MP3_FRAMES = 2882  # bytes at most: what libsndfile leaves unread where they are all padding
@@ -129,8 +129,6 @@ def notice(message: str) -> None:
 
 def write_stdout(text: str) -> None:
     """Write results. Raises BrokenPipeError where the reader has gone, as head does, and SetupError."""
-    if sys.stdout is None:
-        raise SetupError("cannot write to stdout: it is closed")
     try:
         tqdm.write(text, end="")
         sys.stdout.flush()
@@ -138,14 +136,12 @@ def write_stdout(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at exit
         if isinstance(error, BrokenPipeError):
             raise
-        raise SetupError(f"cannot write to stdout: {error.strerror}") from error
+        raise SetupError(f"cannot write to stdout: {error.strerror or 'it is closed'}") from error
 
 
 def run_script(program: str, run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a script; its exit status, after one line on stderr where the run ended early."""
-    while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # else files opened later would take a closed stream's place
-        pass
-    os.close(unused)
+    sys.stdout = sys.stdout or open(os.devnull)  # noqa: SIM115  (where it is closed, to write is an error)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # a StringIO in its place takes any text
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale and the file names
@@ -230,23 +226,24 @@ def npu_problem(error: BaseException) -> str:
     return f"({first_line(error)}): {remedy}"
 
 
-def start_npu(index: int | None, local_rank: int) -> tuple[int | None, str | None]:
-    """Make npu:index ready, or that of a process of torchrun: its index, and None or why it cannot be used."""
+def start_npu(index: int | None, local_rank: int) -> int:
+    """Make npu:index ready, or that of a process of torchrun: its index. Raises SetupError where it cannot be used."""
     try:
         import torch_npu  # adds torch.npu
     except Exception as error:  # torch_npu raises that too, where CANN is there in part
         sys.modules["torch_npu"] = None  # else transformers imports it again, unguarded
         if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
-            return index, f"torch_npu is not installed: install the torch-npu that goes with torch {torch.__version__}"
-        return index, f"torch_npu cannot be loaded {npu_problem(error)}"
+            remedy = f"install the torch-npu that goes with torch {torch.__version__}"
+            raise SetupError(f"torch_npu is not installed: {remedy}") from error
+        raise SetupError(f"torch_npu cannot be loaded {npu_problem(error)}") from error
     try:
         count = torch.npu.device_count() if torch.npu.is_available() else 0
         if count == 0:
             visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
-            return index, f"no NPU is visible (ASCEND_RT_VISIBLE_DEVICES: {visible}): see what npu-smi info lists"
+            raise SetupError(f"no NPU is visible (ASCEND_RT_VISIBLE_DEVICES: {visible}): see what npu-smi info lists")
         index = local_rank % count if index is None else index  # several processes may share an NPU
         if index >= count:
-            return index, f"npu:{index} is out of range: npu:0 to npu:{count - 1} are visible"
+            raise SetupError(f"npu:{index} is out of range: npu:0 to npu:{count - 1} are visible")
         torch.npu.set_device(index)
         # Else torch_npu 2.9.0.post1 sends conv1d through its slow legacy compiler on Ascend910B.
         torch.npu.config.allow_internal_format = False
@@ -254,7 +251,7 @@ def start_npu(index: int | None, local_rank: int) -> tuple[int | None, str | Non
         torch.zeros(1, device=f"npu:{index}")  # a busy NPU counts as available until it is used
         torch.npu.synchronize()
     except (RuntimeError, AssertionError) as error:
-        return index, f"npu:{index or 0} does not start {npu_problem(error)}"
+        raise SetupError(f"npu:{index or 0} does not start {npu_problem(error)}") from error
     if hasattr(torch_npu, "npu_gelu"):
         # F.gelu of torch_npu 2.9.0 is the tanh form, which the models were not trained with. transformers calls it by
         # this name after the convolutions, and keeps it in each layer of a model loaded later.
@@ -262,7 +259,7 @@ def start_npu(index: int | None, local_rank: int) -> tuple[int | None, str | Non
         torch.nn.functional.gelu = lambda x, approximate="none": (
             torch_npu.npu_gelu if x.device.type == "npu" else gelu
         )(x, approximate=approximate)
-    return index, None
+    return index
 
 
 def select_device(name: str | None, local_rank: int = 0, n_processes: int = 1) -> tuple[torch.device, str | None]:
@@ -275,12 +272,12 @@ def select_device(name: str | None, local_rank: int = 0, n_processes: int = 1) -
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // n_processes))
     kind, _, index = (name or "npu").partition(":")
     if kind == "npu":
-        index, problem = start_npu(int(index) if index else None, local_rank)
-        if problem is None:
-            return torch.device("npu", index), None
-        if name is None:
-            return torch.device("cpu"), f"running on the CPU, not on an NPU: {problem}"
-        raise SetupError(f"--device {name}: {problem}")
+        try:
+            return torch.device("npu", start_npu(int(index) if index else None, local_rank)), None
+        except SetupError as error:
+            if name is None:
+                return torch.device("cpu"), f"running on the CPU, not on an NPU: {error}"
+            raise SetupError(f"--device {name}: {error}") from error
     sys.modules.setdefault("torch_npu", None)  # else transformers imports it, which fails where CANN is absent
     index = int(index or local_rank)
     if kind == "cuda" and index >= torch.cuda.device_count():

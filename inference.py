@@ -50,7 +50,7 @@ NOT_FIRST = "、。，．・：；？！」』）】〉》ー々ゝゞぁぃぅ�
 NOT_LAST = "「『（【〈《([{“‘｢\u200d"  # a zero-width joiner too
 JOINED = ("Mn", "Mc", "Me", "Cf", "Sk")  # Unicode categories of what changes the character before
 SPACED = r"[!-\u0dff\u10a0-\u1cff\u1e00-\u2fff\uac00-\ud7a3]"  # of scripts that put spaces between words
-STORE_KEY = f"inference.py {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+TORCHRUN_PLACE = {"RANK": 0, "WORLD_SIZE": sys.maxsize, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": sys.maxsize}  # if unset
 STORE_TIMEOUT_S = 60  # in which torchrun's store answers
 SHORTEST_WAIT_S = 600  # for the other processes of torchrun, which all have about the same to do
 
@@ -100,22 +100,20 @@ def notice(message: str) -> None:
 def torchrun_place() -> tuple[int, int, int, int]:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of torchrun; 0, 1, 0, 1 in a process that it did not start.
 
-    Raises SetupError where they contradict each other, whoever set them.
+    Raises SetupError where a rank is none of its world, whoever set them.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    started = "TORCHELASTIC_RUN_ID" in given  # by torchrun; clusters set some of the others on their own
+    given = {name: os.environ[name] for name in TORCHRUN_PLACE if name in os.environ}
     try:
-        place = (int(given.get(name, sys.maxsize if "SIZE" in name else 0)) for name in names[:4])
+        place = (int(given.get(name, default)) for name, default in TORCHRUN_PLACE.items())
         rank, size, local_rank, local_size = place
-        agree = 0 <= rank < size and 0 <= local_rank < local_size
-        agree &= not started or (len(given) == 5 and local_rank <= rank and local_size <= size)
+        if not (0 <= rank < size and 0 <= local_rank < local_size):
+            raise ValueError
     except ValueError:
-        agree = False
-    if not agree:
         said = common.one_line(" ".join(f"{name}={text}" for name, text in given.items()))
-        raise common.SetupError(f"{said}: not what torchrun sets: unset {' '.join(given)}, or start with torchrun")
-    return (rank, size, local_rank, local_size) if started else (0, 1, 0, 1)
+        remedy = f"unset {' '.join(given)}, or start with torchrun"
+        raise common.SetupError(f"{said}: not what torchrun sets: {remedy}") from None
+    # Clusters set some of them on their own.
+    return (rank, size, local_rank, local_size) if torch.distributed.is_torchelastic_launched() else (0, 1, 0, 1)
 
 
 # --- Options, inputs and outputs ---
@@ -723,7 +721,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = plan_outputs(inputs, many, args)
     mine = list(inputs)
     if world_size > 1:
-        mine, failed = share(inputs, rank, world_size), failed if rank == 0 else []
+        mine, failed = share(inputs, rank, world_size), (failed if rank == 0 else [])
     bilingual = "bilingual" in args.model
     args.text_language = args.language if args.task == "transcribe" or bilingual else "en"
     if args.task == "translate" and not bilingual:
@@ -741,51 +739,35 @@ def run(args: argparse.Namespace) -> int:
     return int(totals["failed"] > 0)
 
 
-def open_store():
-    """The store that torchrun holds for its processes, on all machines; None without torchrun. Raises SetupError."""
-    rank, world_size, *_ = torchrun_place()
-    if world_size == 1:
-        return None
-    from torch.distributed import TCPStore
+def run_with_others(args: argparse.Namespace) -> int:
+    """Run the command; the exit status of all processes of torchrun, on all machines: the worst of theirs.
 
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    torchrun ends the others as soon as one fails, and its store with the first machine: so all wait here for the last,
+    but no longer than SHORTEST_WAIT_S or, if that is more, than they have run themselves. Raises SetupError.
+    """
+    started, (rank, world_size, *_) = time.monotonic(), torchrun_place()
+    if world_size == 1:
+        return run(args)
     try:
-        store = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=STORE_TIMEOUT_S))
-        n_processes = store.add(f"{STORE_KEY} rank {rank}", 1)
+        store, *_ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=STORE_TIMEOUT_S)))
+        n_starts = store.add(f"starts of {rank}", 1)
     except (RuntimeError, ValueError, TypeError) as error:
         raise common.SetupError(
-            f"torchrun's store at {address}:{port} does not answer ({common.first_line(error)}): unset what an earlier "
-            "torchrun left in the environment, or start with torchrun"
+            f"torchrun's store does not answer ({common.first_line(error)}): unset what an earlier torchrun left in "
+            "the environment, or start with torchrun"
         ) from error
-    if n_processes > 1:
-        raise common.SetupError(f"{n_processes} processes have RANK={rank}: start each with torchrun")
-    return store
-
-
-def shared_status(store, status: int, bound_s: float) -> int:
-    """The exit status of all processes of torchrun, on all machines: the worst of theirs, once the last has ended.
-
-    torchrun ends the others as soon as one fails, and its store with the first machine: so all wait for each other,
-    but no longer than bound_s seconds.
-    """
-    rank, world_size, *_ = torchrun_place()
-    keys = [f"{STORE_KEY} {i}" for i in range(world_size)]
+    if n_starts > 1:
+        raise common.SetupError(f"{n_starts} processes have RANK={rank}: start each with a torchrun of its own")
+    status = common.run_script(program(), run, args)
+    if status == 130:
+        return status
     try:
-        store.set(keys[rank], str(status))
-        store.set_timeout(timedelta(seconds=bound_s))
-        return max(map(int, store.multi_get(keys)))
+        store.set(f"status {rank}", str(status))
+        store.set_timeout(timedelta(seconds=max(SHORTEST_WAIT_S, time.monotonic() - started)))
+        return max(map(int, store.multi_get([f"status {i}" for i in range(world_size)])))
     except RuntimeError as error:
         notice(f"error: the other processes do not end ({common.first_line(error)})")
         return status or 1
-
-
-def run_with_others(args: argparse.Namespace) -> int:
-    """Run the command and end together with the other processes of torchrun. Raises SetupError."""
-    started, store = time.monotonic(), open_store()
-    status = common.run_script(program(), run, args)
-    if store is None or status == 130:
-        return status
-    return shared_status(store, status, max(SHORTEST_WAIT_S, time.monotonic() - started))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -278,6 +278,8 @@ def test_a_file_that_ffmpeg_cannot_read_is_one_line(tmp_path, ffmpeg, extension)
 
 # --- joined recordings ---
 
+PLAIN_MP3 = ["-write_xing", "0", "-id3v2_version", "0"]
+
 
 def joined(folder: Path, extension: str, rates=(44_100, 44_100, 44_100), **options) -> tuple[str, list[np.ndarray]]:
     """Three recordings in one file, as by cat, and the samples of each as libsndfile reads it alone."""
@@ -391,6 +393,15 @@ def test_a_tag_at_the_end_of_an_mp3_is_no_recording(tmp_path):
     for tag in (b"TAG" + bytes(125), b"APETAGEX" + bytes(100_000), b"LYRICSBEGIN" + b"la " * 9999, bytes(2000)):
         (tmp_path / "tagged.mp3").write_bytes(path.read_bytes() + tag)
         assert np.array_equal(samples_of(tmp_path / "tagged.mp3")[1], expected)
+
+
+@pytest.mark.parametrize("tag", [b"TAG" + bytes(125), b"APETAGEX" + bytes(1000) + b"TAG" + bytes(125)])
+def test_an_mp3_without_a_head_joined_to_one_with_a_tag_at_its_end(tmp_path, ffmpeg, transcribe, tag):
+    first = encode(ffmpeg, synthesize("こんにちは", 44_100), 44_100, tmp_path / "a.mp3")
+    second = encode(ffmpeg, synthesize("さようなら", 44_100), 44_100, tmp_path / "b.mp3", *PLAIN_MP3)
+    (tmp_path / "joined.mp3").write_bytes(Path(first).read_bytes() + tag + Path(second).read_bytes())
+    [transcript] = transcribe(str(tmp_path / "joined.mp3"))
+    assert (transcript.error, "".join(s.text for s in transcript.chunks)) == (None, "こんにちはさようなら")
 
 
 def test_what_follows_a_recording_and_is_none_is_an_error(tmp_path, monkeypatch):
