@@ -129,6 +129,8 @@ def notice(message: str) -> None:
 
 def write_stdout(text: str) -> None:
     """Write results. Raises BrokenPipeError where the reader has gone, as head does, and SetupError."""
+    if sys.stdout is None:
+        raise SetupError("cannot write to stdout: it is closed")
     try:
         tqdm.write(text, end="")
         sys.stdout.flush()
@@ -136,12 +138,14 @@ def write_stdout(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at exit
         if isinstance(error, BrokenPipeError):
             raise
-        raise SetupError(f"cannot write to stdout: {error.strerror or 'it is closed'}") from error
+        raise SetupError(f"cannot write to stdout: {error.strerror}") from error
 
 
 def run_script(program: str, run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a script; its exit status, after one line on stderr where the run ended early."""
-    sys.stdout = sys.stdout or open(os.devnull)  # noqa: SIM115  (where it is closed, to write is an error)
+    while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # else files opened later would take a closed stream's place
+        pass
+    os.close(unused)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # a StringIO in its place takes any text
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale and the file names

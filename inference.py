@@ -50,7 +50,6 @@ NOT_FIRST = "、。，．・：；？！」』）】〉》ー々ゝゞぁぃぅ�
 NOT_LAST = "「『（【〈《([{“‘｢\u200d"  # a zero-width joiner too
 JOINED = ("Mn", "Mc", "Me", "Cf", "Sk")  # Unicode categories of what changes the character before
 SPACED = r"[!-\u0dff\u10a0-\u1cff\u1e00-\u2fff\uac00-\ud7a3]"  # of scripts that put spaces between words
-TORCHRUN_PLACE = {"RANK": 0, "WORLD_SIZE": sys.maxsize, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": sys.maxsize}  # if unset
 STORE_TIMEOUT_S = 60  # in which torchrun's store answers
 SHORTEST_WAIT_S = 600  # for the other processes of torchrun, which all have about the same to do
 
@@ -100,20 +99,22 @@ def notice(message: str) -> None:
 def torchrun_place() -> tuple[int, int, int, int]:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of torchrun; 0, 1, 0, 1 in a process that it did not start.
 
-    Raises SetupError where a rank is none of its world, whoever set them.
+    Raises SetupError where they contradict each other, whoever set them.
     """
-    given = {name: os.environ[name] for name in TORCHRUN_PLACE if name in os.environ}
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    started = "TORCHELASTIC_RUN_ID" in given  # by torchrun; clusters set some of the others on their own
     try:
-        place = (int(given.get(name, default)) for name, default in TORCHRUN_PLACE.items())
+        place = (int(given.get(name, sys.maxsize if "SIZE" in name else 0)) for name in names[:4])
         rank, size, local_rank, local_size = place
-        if not (0 <= rank < size and 0 <= local_rank < local_size):
-            raise ValueError
+        agree = 0 <= rank < size and 0 <= local_rank < local_size
+        agree &= not started or (len(given) == 5 and local_rank <= rank and local_size <= size)
     except ValueError:
+        agree = False
+    if not agree:
         said = common.one_line(" ".join(f"{name}={text}" for name, text in given.items()))
-        remedy = f"unset {' '.join(given)}, or start with torchrun"
-        raise common.SetupError(f"{said}: not what torchrun sets: {remedy}") from None
-    # Clusters set some of them on their own.
-    return (rank, size, local_rank, local_size) if torch.distributed.is_torchelastic_launched() else (0, 1, 0, 1)
+        raise common.SetupError(f"{said}: not what torchrun sets: unset {' '.join(given)}, or start with torchrun")
+    return (rank, size, local_rank, local_size) if started else (0, 1, 0, 1)
 
 
 # --- Options, inputs and outputs ---
@@ -752,9 +753,10 @@ def run_with_others(args: argparse.Namespace) -> int:
         store, *_ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=STORE_TIMEOUT_S)))
         n_starts = store.add(f"starts of {rank}", 1)
     except (RuntimeError, ValueError, TypeError) as error:
+        place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
         raise common.SetupError(
-            f"torchrun's store does not answer ({common.first_line(error)}): unset what an earlier torchrun left in "
-            "the environment, or start with torchrun"
+            f"torchrun's store at {place} does not answer ({common.first_line(error)}): unset what an earlier "
+            "torchrun left in the environment, or start with torchrun"
         ) from error
     if n_starts > 1:
         raise common.SetupError(f"{n_starts} processes have RANK={rank}: start each with a torchrun of its own")

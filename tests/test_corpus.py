@@ -144,6 +144,7 @@ def test_what_a_cluster_leaves_in_the_environment_divides_nothing(corpus, leaked
 @pytest.mark.parametrize("environment", [
     {"WORLD_SIZE": "4", "RANK": "9"}, {"WORLD_SIZE": "", "RANK": ""}, {"WORLD_SIZE": "two", "RANK": "0"},
     {"WORLD_SIZE": "-1", "RANK": "0"}, {"WORLD_SIZE": "0", "RANK": "0"}, {"LOCAL_RANK": "1\n2"},
+    {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"},
     {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"},
     {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
     {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
@@ -173,7 +174,7 @@ def test_a_store_that_does_not_answer_is_one_line(corpus, tmp_path, port):
     command = [sys.executable, "-c", code, "--audio", corpus[0], "-o", tmp_path]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert "torchrun's store does not answer" in result.stderr
+    assert f"torchrun's store at 127.0.0.1:{port} does not answer" in result.stderr
 
 
 def test_two_runs_under_one_torchrun_are_refused(corpus, tmp_path):
