@@ -10,9 +10,11 @@ import argparse
 import contextlib
 import html
 import itertools
+import json
 import math
 import os
 import re
+import secrets
 import sys
 import time
 import unicodedata
@@ -30,102 +32,93 @@ import torch
 from tqdm import tqdm
 
 AUDIO_EXTENSIONS = (
-    ".3gp", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".au", ".avi", ".caf", ".flac", ".flv", ".m4a", ".m4b", ".m4v",
-    ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpg", ".mts", ".oga", ".ogg", ".opus", ".rf64", ".ts", ".w64",
-    ".wav", ".weba", ".webm", ".wma", ".wmv",
+    ".3g2", ".3ga", ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".asf", ".au", ".avi", ".awb",
+    ".caf", ".dss", ".dts", ".eac3", ".f4v", ".flac", ".flv", ".m2t", ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv",
+    ".mov", ".mp2", ".mp3", ".mp4", ".mpc", ".mpeg", ".mpg", ".mpga", ".mts", ".mxf", ".oga", ".ogg", ".ogv", ".opus",
+    ".qt", ".ra", ".rf64", ".rm", ".snd", ".spx", ".ts", ".tta", ".vob", ".voc", ".w64", ".wav", ".wave", ".weba",
+    ".webm", ".wma", ".wmv", ".wv",
 )  # fmt: skip
 FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
+NO_SPEECH_THRESHOLD = 0.7  # openai/whisper's 0.6 loses 5 of 765 inputs with speech, this one none (tests/README.md)
+STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # of 475 inputs with speech, the steadiest varies by 4.9 dB (tests/README.md)
+QUIETER_DB = 30  # a pause is that much below the loudest part of a chunk,
+NOISE_DB, VOICE_DB = 8, 12  # or in noise that much above the quietest parts, but that much below the loudest
 FRAME_S = 0.02  # of the encoder's output
-QUIETER_DB = 30  # a pause is that much below the loudest part
 N_HEADS = 10  # of 40, the best in arXiv 2509.09987
 FASTEST = 20  # tokens in a second of speech: twice as many as anyone speaks
 LONGEST_TOKEN_S = 2.0  # of loud sound: beyond, the alignment has left something out
-LONG_PAUSE_S = 0.7
+LONG_PAUSE_S = 0.7  # ends a cue
+LINE_CELLS, CUE_LINES = 16, 2  # full-width characters in a line of a subtitle, and lines of it (Netflix: 13 to 16, 2)
 SHORTEST_CUE_S, LONGEST_CUE_S = 1.0, 7.0
+DEVOICED_END_S = 0.15  # for which the last vowel is too faint to be found in noise
 SENTENCE_END = r"[。！？!?]+[。！？!?」』）】〉》”\"')\]]*|(?<=\w\w)(?<![A-Z]\w)[.]+[\"')\]”]*(?=\s|$)"  # not U.S.
 # Kinsoku (JIS X 4051), as far as it matters to subtitles
 NOT_FIRST = "、。，．・：；？！」』）】〉》ー々ゝゞぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ…‥〜～,.:;?!)]}%”’ﾞﾟｰ､｡｣･"
 NOT_LAST = "「『（【〈《([{“‘｢\u200d"  # a zero-width joiner too
 JOINED = ("Mn", "Mc", "Me", "Cf", "Sk")  # Unicode categories of what changes the character before
 SPACED = r"[!-\u0dff\u10a0-\u1cff\u1e00-\u2fff\uac00-\ud7a3]"  # of scripts that put spaces between words
-STORE_TIMEOUT_S = 60  # in which torchrun's store answers
-SHORTEST_WAIT_S = 600  # for the other processes of torchrun, which all have about the same to do
-
-
-@dataclass
-class Chunk:
-    """What was said in one chunk; start and end in seconds from the beginning of the file."""
-
-    start: float
-    end: float
-    text: str = ""
-    compression_ratio: float = 0.0
-    token_limit: bool = False  # decoding ended at the token limit: text may be missing
-    loud: np.ndarray | None = None  # as of loud_frames
-    breaks: set[int] = field(default_factory=set)  # the characters that a token begins with
-    spans: np.ndarray | None = None  # start and end of each character, seconds from the beginning of the file, (n, 2)
-    aligned: bool = False  # the spans are from the decoder's attention
-
-    @property
-    def looping(self) -> bool:
-        """The text repeats itself like that of a decoder caught in a loop."""
-        return self.compression_ratio > COMPRESSION_RATIO_LIMIT
+PHRASE_END = "(?![おごりしきけち])[ぁ-ん][^ぁ-ん]|を."  # hiragana before another script, but not in お|客 or 売り|上げ
+COMPOUND = r"[\u3400-\u9fff々]{2}|[ァ-ヴー]{2}"  # two kanji or two katakana
+LOG_EVERY_S = 60  # seconds between lines on progress where stderr is no terminal
+START_TIMEOUT = timedelta(minutes=1)  # in which the processes of torchrun, which starts them together, find each other
+END_TIMEOUT = timedelta(days=30)  # in which all of them have ended
 
 
 @dataclass(eq=False)
-class Transcript:
-    """One file: its chunks in order, its length in seconds, its silent chunks, and why it failed if it did."""
+class Recording:
+    """One input file and what became of it: its chunks in order, what may be lost, and why it failed if it did."""
 
     path: str
-    chunks: list[Chunk] = field(default_factory=list)
-    duration: float = 0.0
-    silent: int = 0
+    chunks: list["Chunk"] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     error: str | None = None
 
+    @property
+    def duration(self) -> float:
+        """Its length in seconds."""
+        return self.chunks[-1].end if self.chunks else 0.0
 
-def program() -> str:
-    """What messages begin with: the name of the script and, where there are several processes, which it is."""
-    under_torchrun = {"TORCHELASTIC_RUN_ID", "RANK"} <= {*os.environ}
-    return f"inference.py, rank {os.environ['RANK']}" if under_torchrun else "inference.py"
-
-
-def notice(message: str) -> None:
-    """One line on stderr."""
-    common.notice(f"{program()}: {message}")
-
-
-def torchrun_place() -> tuple[int, int, int, int]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of torchrun; 0, 1, 0, 1 in a process that it did not start.
-
-    Raises SetupError where they contradict each other, whoever set them.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    started = "TORCHELASTIC_RUN_ID" in given  # by torchrun; clusters set some of the others on their own
-    try:
-        place = (int(given.get(name, sys.maxsize if "SIZE" in name else 0)) for name in names[:4])
-        rank, size, local_rank, local_size = place
-        agree = 0 <= rank < size and 0 <= local_rank < local_size
-        agree &= not started or (len(given) == 5 and local_rank <= rank and local_size <= size)
-    except ValueError:
-        agree = False
-    if not agree:
-        said = common.one_line(" ".join(f"{name}={text}" for name, text in given.items()))
-        raise common.SetupError(f"{said}: not what torchrun sets: unset {' '.join(given)}, or start with torchrun")
-    return (rank, size, local_rank, local_size) if started else (0, 1, 0, 1)
+    def warn(self, message: str) -> None:
+        """Keep a warning, and write it to stderr."""
+        self.warnings.append(message)
+        common.notice(f"warning: {self.path}: {message}")
 
 
-# --- Options, inputs and outputs ---
+@dataclass(eq=False)
+class Chunk:
+    """A stretch of a recording that is decoded at once; start and end in seconds from the recording's beginning."""
+
+    recording: Recording
+    start: float
+    end: float
+    is_last: bool = False  # of its recording
+    features: torch.Tensor | None = None  # input_features, until it is decoded
+    loud_frames: np.ndarray | None = None  # as find_loud_frames gives them
+    # What set_text finds out:
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)  # of the text, and the end of the text
+    no_speech_prob: float | None = None  # None where it was not decoded
+    compression_ratio: float = 0.0
+    left_out: bool = True  # because it holds no speech
+    token_limit: bool = False  # decoding ended at the token limit: text may be missing
+    looping: bool = False  # decoding was caught in a loop, which the text has once
+    # What set_times finds out:
+    token_starts: set[int] = field(default_factory=set)  # the characters of the text that a token begins with
+    times: np.ndarray | None = None  # start and end of each character, from the recording's beginning, (n, 2) in s
+    aligned: bool = False  # the times are from the decoder's attention
+
+
+# --- Command ---
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options; exits with status 2 where they are wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="exit status: 0 every file was transcribed; 1 some were not; 2 wrong options, or a device or model that "
-        "cannot be used or that fails on the way; 130 interrupted; 141 the reader of stdout has gone",
+        epilog="exit status: 0 every recording was transcribed; 1 some were not; 2 wrong options, or a device or model "
+        "that cannot be used or that fails on the way; 130 interrupted; 141 the reader of stdout has gone",
     )
     add = parser.add_argument
     add("--audio", nargs="+", action="extend", required=True, metavar="PATH",
@@ -137,22 +130,172 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=256, metavar="N",
         help=f"token limit of a chunk, 1 to {common.MAX_NEW_TOKENS} (default: %(default)s)")  # fmt: skip
     add("--chunk-length", type=common.number(float, 1, 30), default=common.CHUNK_LENGTH_S, metavar="SECONDS",
-        help="longest stretch decoded at once in files over 30 s, 1 to 30 (default: %(default)s)")  # fmt: skip
+        help="longest stretch decoded at once in recordings over 30 s, 1 to 30 (default: %(default)s)")  # fmt: skip
     add("--batch-size", type=common.number(int, 1), metavar="N",
-        help="chunks decoded together, across files too (default: 16, on a CPU 8)")  # fmt: skip
+        help="chunks decoded together, across recordings too (default: 16, on a CPU 8)")  # fmt: skip
+    add("--no-speech-threshold", type=common.number(float, 0, 1), default=NO_SPEECH_THRESHOLD, metavar="P",
+        help="leave out what the model takes for no speech with more than this probability; 1 keeps everything "
+        "(default: %(default)s)")  # fmt: skip
     add("--output-dir", "-o", metavar="DIR", help="write files there (default: write to stdout)")
     add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt",
-        help="of the transcripts; all, and srt, vtt and tsv of several files, need --output-dir (default: %(default)s)")
-    add("--max-line-width", type=common.number(int, 1), default=16, metavar="N",
-        help="full-width characters in a line of a subtitle; others count half (default: %(default)s)")  # fmt: skip
-    add("--max-line-count", type=common.number(int, 1), default=2, metavar="N",
-        help="lines of a subtitle (default: %(default)s)")  # fmt: skip
-    add("--word-timestamps", action="store_true", help="times of words too; needs json or all")
-    add("--skip-existing", action="store_true", help="skip the files whose outputs are all in --output-dir")
+        help="of the transcripts; all, and srt, vtt and tsv of several recordings, need --output-dir "
+        "(default: %(default)s)")  # fmt: skip
+    add("--skip-existing", action="store_true", help="skip the recordings whose outputs are all in --output-dir")
     return parser.parse_args(argv)
 
 
-def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Transcript]]:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    several = torch.distributed.is_torchelastic_launched()
+    return common.run_script(run_with_others if several else run, parse_arguments(argv))
+
+
+def run_with_others(args: argparse.Namespace) -> int:
+    """Run the command as one of torchrun's processes; the exit status of all of them: the worst of theirs.
+
+    torchrun ends the others as soon as one has failed: so all wait here for the last. Raises SetupError.
+    """
+    try:
+        torch.distributed.init_process_group("gloo", timeout=START_TIMEOUT)
+        everyone = torch.distributed.new_group(timeout=END_TIMEOUT)
+    except (RuntimeError, ValueError, TypeError) as error:
+        remedy = "start with torchrun, or unset what an earlier one left in the environment (TORCHELASTIC_RUN_ID)"
+        raise common.SetupError(f"torchrun's processes do not find each other ({common.first_line(error)}): {remedy}"
+                                ) from error  # fmt: skip
+    status = torch.tensor(common.run_script(run, args))
+    try:
+        torch.distributed.all_reduce(status, torch.distributed.ReduceOp.MAX, everyone)
+    except RuntimeError as error:
+        common.notice(f"error: another process did not come to its end ({common.first_line(error)})")
+        return int(status) or 1
+    return int(status)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Transcribe what the arguments name; the exit status. Raises SetupError."""
+    rank, world_size = 0, 1
+    if torch.distributed.is_initialized():
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for option, given in (("--skip-existing", args.skip_existing), ("more than one process", world_size > 1)):
+        if given and args.output_dir is None:
+            raise common.SetupError(f"{option} needs --output-dir")
+    inputs, failed = find_audio(args.audio)
+    args.many = len(inputs) + len(failed) > 1
+    outputs, unwritable = plan_outputs(inputs, args)
+    args.is_bilingual = "bilingual" in args.model
+    args.text_language = args.language if args.task == "transcribe" or args.is_bilingual else "en"
+    totals = Counter()
+    for recording in [*failed, *unwritable] if rank == 0 else []:
+        count(recording, totals)
+    # The longest first, so that all processes have about the same to do.
+    mine = sorted(outputs, key=os.path.getsize, reverse=True)[rank::world_size] if world_size > 1 else list(outputs)
+    paths = [path for path in mine if not (args.skip_existing and all(map(os.path.isfile, outputs[path])))]
+    totals["skipped"] = len(mine) - len(paths)
+    if paths:
+        transcribe_files(paths, outputs, totals, args)
+    elif totals["skipped"] or world_size > 1:
+        common.notice(closing_line(totals))
+    return int(totals["failed"] > 0)
+
+
+def transcribe_files(paths: list[str], outputs: dict[str, list[str]], totals: Counter, args) -> None:
+    """Load the model, transcribe recordings and write their outputs. Raises SetupError, also where some are left."""
+    started_s = time.perf_counter()
+    recognizer = load(args)
+    loaded_s, failure, n_left = time.perf_counter(), None, len(paths)
+    with progress_bar(paths) as bar:
+        try:
+            for recording in transcribe(recognizer, paths, args, progress(bar, totals, len(paths))):
+                if recording.error is None:
+                    deliver(recording, outputs[recording.path], args)
+                count(recording, totals)
+                n_left -= 1
+        except common.DeviceError as error:
+            failure = error
+    common.notice(closing_line(totals, loaded_s - started_s, time.perf_counter() - loaded_s, recognizer.model))
+    if failure:
+        remedy = "--output-dir and --skip-existing go on with them"
+        raise common.SetupError(f"{failure}; recordings not reached: {n_left} ({remedy})")
+
+
+def load(args: argparse.Namespace) -> common.Recognizer:
+    """The model on the device that the arguments name. Raises SetupError."""
+    if args.task == "translate" and not args.is_bilingual:
+        common.notice("kotoba-whisper-v2.0 was trained for Japanese transcription only; to translate, use --model "
+                      "kotoba-tech/kotoba-whisper-bilingual-v1.0 with --language en (or ja, from English)")  # fmt: skip
+    local_rank = int(os.environ["LOCAL_RANK"]) if torch.distributed.is_initialized() else 0
+    device = common.select_device(args.device, local_rank)
+    if args.output_format != "txt":
+        common.import_librosa()  # here, where it counts as loading and a failure ends the run
+    return common.load_model(args.model, device, common.select_dtype(args.dtype, device), args.language, args.task)
+
+
+def progress_bar(paths: list[str]) -> tqdm:
+    """A bar in seconds of audio on a terminal, with a total where one recording is all and libsndfile knows it."""
+    total = None
+    if len(paths) == 1:
+        with contextlib.suppress(soundfile.SoundFileError, OSError), open(paths[0], "rb") as file:
+            total = soundfile.info(file).duration
+    done = "{n:.0f} s of audio" if total is None else "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s of audio"
+    off = torch.distributed.is_initialized() or None  # None: where stderr is no terminal
+    return tqdm(total=total, disable=off, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
+
+
+def progress(bar: tqdm, totals: Counter, n_recordings: int) -> Callable[[float], None]:
+    """What is to be told the seconds of audio done since the last call: it shows them on the bar or, where that is off,
+    in a line at least every LOG_EVERY_S."""
+    started_s = said_s = time.perf_counter()
+    done_s = 0.0
+
+    def update(seconds: float) -> None:
+        """Show that so many seconds more are done."""
+        nonlocal said_s, done_s
+        done_s += seconds
+        bar.update(seconds)
+        if bar.disable and (now_s := time.perf_counter()) - said_s >= LOG_EVERY_S:
+            said_s = now_s
+            n_done = totals["recordings"] - totals["skipped"]
+            common.notice(f"{done_s:.0f} s of audio done, {n_done} of {n_recordings} recordings, "
+                          f"{done_s / (now_s - started_s):.3g} times real time")  # fmt: skip
+
+    return update
+
+
+def count(recording: Recording, totals: Counter) -> None:
+    """Add a recording to the totals, and say it where it failed or has no speech."""
+    chunks = recording.chunks
+    totals["recordings"] += 1
+    totals["failed"] += recording.error is not None
+    totals["audio_s"] += recording.duration
+    totals["warnings"] += len(recording.warnings)
+    for name in ("left_out", "token_limit", "looping"):
+        totals[name] += sum(getattr(chunk, name) for chunk in chunks)
+    if recording.error is not None:
+        common.notice(f"error: {recording.path}: {recording.error}")
+    elif all(chunk.left_out for chunk in chunks):
+        probs = [chunk.no_speech_prob for chunk in chunks if chunk.no_speech_prob is not None]
+        why = f"the model is sure of that ({min(probs):.2f} or more)" if probs else "nothing in it moves"
+        common.notice(f"{recording.path}: no speech: {why}")
+
+
+def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, model=None) -> str:
+    """What was done, how fast and on what, and what to be careful with: only what is not zero."""
+    n_recordings, audio_s = totals["recordings"] + totals["skipped"], totals["audio_s"]
+    line = f"{n_recordings} recording{'s' * (n_recordings != 1)}"
+    line += "".join(f", {totals[name]} {name}" for name in ("failed", "skipped") if totals[name])
+    if model is not None:
+        line += f", {audio_s:.1f} s of audio in {taken_s:.1f} s ({audio_s / taken_s:.3g} times real time) on "
+        line += f"{model.device} in {common.dtype_name(model.dtype)}, loaded in {load_s:.1f} s"
+    for name, noun, rest in (("warnings", "warning", ""), ("left_out", "chunk", " without speech"),
+                             ("token_limit", "chunk", " cut off at the token limit"), ("looping", "chunk", " looping")):
+        line += f"; {totals[name]} {noun}{'s' * (totals[name] != 1)}{rest}" if totals[name] else ""
+    return line
+
+
+# --- Inputs and outputs ---
+
+
+def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Recording]]:
     """The files to transcribe, each with its path below the folder given, and those that cannot be.
 
     A folder is searched recursively, links to folders too. A file that is named twice, or a link to it, counts once.
@@ -164,7 +307,7 @@ def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Transcript]]:
                 common.check_file(argument)
                 found.setdefault(os.path.realpath(argument), (argument, os.path.basename(argument)))
             except common.AudioError as error:
-                failed.append(Transcript(argument, error=str(error)))
+                failed.append(Recording(argument, error=str(error)))
             continue
         n_found, searched, unreadable = 0, set(), []
         for folder, folders, names in os.walk(argument, onerror=unreadable.append, followlinks=True):
@@ -178,14 +321,14 @@ def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Transcript]]:
                     path = os.path.join(folder, name)
                     found.setdefault(os.path.realpath(path), (path, os.path.relpath(path, argument)))
                     n_found += 1
-        failed += [Transcript(error.filename, error=error.strerror) for error in unreadable]
+        failed += [Recording(error.filename, error=error.strerror) for error in unreadable]
         if not n_found and not unreadable:
-            failed.append(Transcript(argument, error=f"no audio in this folder ({' '.join(AUDIO_EXTENSIONS)})"))
+            failed.append(Recording(argument, error=f"no audio in this folder ({' '.join(AUDIO_EXTENSIONS)})"))
     return dict(found.values()), failed
 
 
 def output_names(inputs: dict[str, str]) -> dict[str, str]:
-    """A name for the outputs of each file, all different: a for a.wav, beside an a.mp3 a.wav, else the whole path."""
+    """A name for the outputs of each file: a for a.wav; a.wav where there is an a.mp3 as well; else the whole path."""
     names = {
         path: [os.path.splitext(relative)[0], relative, os.path.abspath(path).lstrip(os.sep)]
         for path, relative in inputs.items()
@@ -197,46 +340,284 @@ def output_names(inputs: dict[str, str]) -> dict[str, str]:
     return {path: choices[0] for path, choices in names.items()}
 
 
-def plan_outputs(inputs: dict[str, str], many: bool, args: argparse.Namespace) -> dict[str, list[str]]:
-    """The files to write for the path of each input, none for stdout. Raises SetupError."""
+def plan_outputs(inputs: dict[str, str], args: argparse.Namespace) -> tuple[dict[str, list[str]], list[Recording]]:
+    """The paths of the output files of each input, none where it goes to stdout; and the inputs that cannot have them.
+
+    Makes the folder that they are for. Raises SetupError where it cannot, or where an output is one of the inputs.
+    """
     if args.output_dir is None:
-        if args.output_format == "all" or (many and args.output_format not in ("txt", "json")):
+        if args.output_format == "all" or (args.many and args.output_format not in ("txt", "json")):
             raise common.SetupError(f"--output-format {args.output_format} needs --output-dir")
-        return {path: [] for path in inputs}
-    extensions = FORMATS if args.output_format == "all" else [args.output_format]
-    outputs = {
-        path: [os.path.join(args.output_dir, f"{name}.{extension}") for extension in extensions]
-        for path, name in output_names(inputs).items()
-    }
-    common.check_outputs("--output-dir", args.output_dir, itertools.chain(*outputs.values()), inputs)
-    return outputs
+        return {path: [] for path in inputs}, []
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+    except FileExistsError:
+        raise common.SetupError(f"--output-dir {args.output_dir}: there is a file of that name") from None
+    except OSError as error:
+        raise common.SetupError(f"--output-dir {args.output_dir}: {error.strerror}") from error
+    if not os.access(args.output_dir, os.W_OK | os.X_OK):
+        raise common.SetupError(f"--output-dir {args.output_dir}: no permission to write in this folder")
+    owners, outputs, failed = {os.path.realpath(path): path for path in inputs}, {}, []
+    for path, name in output_names(inputs).items():
+        extensions = FORMATS if args.output_format == "all" else [args.output_format]
+        files = [os.path.join(args.output_dir, f"{name}.{extension}") for extension in extensions]
+        try:
+            for output in files:
+                if owner := owners.get(os.path.realpath(output)):
+                    raise common.SetupError(f"--output-dir: {output} would overwrite {owner}: name another place")
+                with contextlib.suppress(FileNotFoundError):
+                    os.lstat(output)
+            outputs[path] = files
+        except OSError as error:  # the name is too long with its extension, or a folder of it is a file
+            failed.append(Recording(path, error=f"cannot write {output}: {error.strerror}"))
+    return outputs, failed
 
 
-# --- Times and cues: token ids -> cues that people can read ---
+def write_whole(path: str, content: str) -> None:
+    """Write a UTF-8 file so that it is there whole or not at all, however the program ends. Raises OSError."""
+    path = os.path.realpath(path)  # a link stays one
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(16)}.part")  # no other process has this one
+    try:
+        with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else it may be there and empty after a power cut
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
-@dataclass
-class Cue:
-    """A sentence, or as much of one as can be read at a time; seconds from the beginning of the file."""
+def deliver(recording: Recording, outputs: list[str], args: argparse.Namespace) -> None:
+    """Write a recording's output files, or to stdout where it has none; what fails becomes its error."""
+    if not outputs and args.many and args.output_format == "txt":
+        path = common.one_line(recording.path)
+        common.write_stdout(f"{path}\t{full_text(recording, args.text_language)}\n")
+    elif not outputs:
+        common.write_stdout(render(recording, args.output_format, args.text_language))
+    for output in outputs:
+        try:
+            write_whole(output, render(recording, output.rpartition(".")[2], args.text_language))
+        except OSError as error:
+            recording.error = f"cannot write {output}: {error.strerror}"
 
-    start: float
-    end: float
-    text: str  # a part of its chunk's text, with the space that it may begin with
-    lines: list[str]
-    words: list[tuple[str, float, float]]
-    chunk: Chunk
+
+# --- Recognition: recordings -> chunks -> batches -> texts ---
 
 
-def loud_frames(waveform: np.ndarray) -> np.ndarray:
-    """The frames of FRAME_S that are at most QUIETER_DB below the loudest part of a chunk: (n >= 1,) int64."""
-    n = round(FRAME_S * common.SAMPLING_RATE)
-    power = np.var(np.pad(waveform, (0, -len(waveform) % n)).reshape(-1, n), axis=1)
-    loudest = min(power.max(), common.mean_squares(waveform, common.SAMPLING_RATE).max())
-    return np.flatnonzero(power >= loudest / 10 ** (QUIETER_DB / 10))
+def transcribe(
+    recognizer: common.Recognizer, paths: Iterable[str], args: argparse.Namespace,
+    on_progress: Callable[[float], None] = lambda seconds: None,
+) -> Iterator[Recording]:  # fmt: skip
+    """The recordings, in order, each when its last chunk has its text; on_progress is told the seconds of audio done
+    since its last call.
+
+    A batch may have chunks of several recordings, and while an accelerator decodes one batch the next is read. Where
+    the device fails, nothing that it returns can be believed: all recordings in the batch come with an error, and then
+    DeviceError is raised.
+    """
+    device = recognizer.model.device
+    batch_size = fitting = args.batch_size or common.default_batch_size(device)
+    chunks = read_recordings(paths, recognizer.extractor, args.chunk_length)
+    if device.type != "cpu":  # whose OpenMP threads would wait for each other: half the speed
+        chunks = ahead(chunks, batch_size)
+    for batch in batches(chunks, batch_size):
+        try:
+            fitting = recognize(recognizer, [chunk for chunk in batch if chunk.features is not None], fitting, args)
+        except common.DeviceError as error:
+            for recording in dict.fromkeys(chunk.recording for chunk in batch):
+                recording.error = recording.error or str(error)
+                yield recording
+            raise
+        for chunk in batch:
+            chunk.recording.chunks.append(chunk)
+            on_progress(chunk.end - chunk.start)
+            if chunk.is_last:
+                yield chunk.recording
+
+
+def read_recordings(paths: Iterable[str], extractor, chunk_length_s: float) -> Iterator[Chunk]:
+    """The chunks of each recording, at least one. Whatever goes wrong while it is read is the recording's error."""
+    for path in paths:
+        recording, chunk = Recording(path), None
+        try:
+            for start, end, waveform in common.read_chunks(path, chunk_length_s, recording.warn):
+                if chunk is not None:
+                    yield chunk
+                chunk = Chunk(recording, start, end)
+                if not is_steady(waveform):
+                    chunk.features = common.extract_features(extractor, waveform)
+                    chunk.loud_frames = find_loud_frames(waveform)
+        except (common.AudioError, common.SetupError) as error:
+            recording.error = str(error)
+        except MemoryError:
+            recording.error = "there is not enough memory to read it"
+        except Exception as error:
+            recording.error = f"cannot be read ({type(error).__name__}: {common.first_line(error)})"
+        if chunk is None:
+            chunk = Chunk(recording, 0.0, 0.0)
+        chunk.is_last = True
+        yield chunk
+
+
+def is_steady(waveform: np.ndarray) -> bool:
+    """Whether a waveform at SAMPLING_RATE is so steady that nobody speaks in it, however loud: silence, hum, noise.
+
+    A second or less may be too short to tell, unless it is digital silence.
+    """
+    levels = common.mean_squares(waveform, common.SAMPLING_RATE, STEADY_WINDOW_S)
+    steady = levels.max() <= np.percentile(levels, 10) * 10 ** (STEADY_DB / 10)
+    return bool(steady and (len(waveform) >= common.SAMPLING_RATE or levels.max() == 0))
+
+
+def find_loud_frames(waveform: np.ndarray) -> np.ndarray:
+    """The frames of FRAME_S that are louder than the pauses of a waveform at SAMPLING_RATE: (n >= 1,) int64."""
+    powers = common.mean_squares(waveform, common.SAMPLING_RATE, FRAME_S)[:: round(FRAME_S / common.LEVEL_HOP_S)]
+    levels = common.mean_squares(waveform, common.SAMPLING_RATE, common.PAUSE_S)
+    loudest, noise = min(powers.max(), levels.max()), np.percentile(levels, 5)
+    in_noise = min(noise * 10 ** (NOISE_DB / 10), loudest / 10 ** (VOICE_DB / 10))
+    return np.flatnonzero(powers >= max(loudest / 10 ** (QUIETER_DB / 10), in_noise))
+
+
+def ahead(items: Iterable, n: int) -> Iterator:
+    """The same items; a thread in the background prepares up to n of them before they are asked for."""
+    iterator, end = iter(items), object()
+    thread = ThreadPoolExecutor(max_workers=1)
+    try:
+        futures = deque(thread.submit(next, iterator, end) for _ in range(n))
+        while (item := futures.popleft().result()) is not end:
+            futures.append(thread.submit(next, iterator, end))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def batches(chunks: Iterable[Chunk], batch_size: int) -> Iterator[list[Chunk]]:
+    """The chunks in lists, with batch_size of them to decode in each and those without features beside."""
+    batch, n_features = [], 0
+    for chunk in chunks:
+        if chunk.features is not None and n_features == batch_size:
+            yield batch
+            batch, n_features = [], 0
+        batch.append(chunk)
+        n_features += chunk.features is not None
+    yield batch
+
+
+def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, args: argparse.Namespace) -> int:
+    """Set the texts of chunks and, where the output format has them, times; the batch size that fitted the device.
+
+    Where the device is out of memory the batch is halved. Raises DeviceError.
+    """
+    device, n_done = recognizer.model.device, 0
+    while n_done < len(chunks):
+        batch = chunks[n_done : n_done + batch_size]
+        try:
+            token_ids, no_speech_probs, encoded = common.generate(
+                recognizer, [chunk.features for chunk in batch], args.max_new_tokens
+            )
+            for chunk, ids, no_speech_prob in zip(batch, token_ids, no_speech_probs, strict=True):
+                set_text(chunk, recognizer.tokenizer, ids, no_speech_prob, args.no_speech_threshold)
+            if args.output_format != "txt":
+                with torch.inference_mode(), common.device_errors(device):
+                    weights = cross_attention(recognizer, encoded, [chunk.token_ids for chunk in batch])
+                    for chunk, of_chunk in zip(batch, weights, strict=True):
+                        set_times(chunk, recognizer.tokenizer, of_chunk)
+            n_done += len(batch)
+            continue
+        except common.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        common.notice(f"warning: {device} is out of memory in batches of {len(batch)}: --batch-size {len(batch) // 2} "
+                      "from here on")  # fmt: skip
+        batch_size = len(batch) // 2
+        if device.type != "cpu":
+            with common.device_errors(device):
+                torch.get_device_module(device).empty_cache()  # here, where no error holds the tensors
+    for chunk in chunks:
+        chunk.features = None
+    return batch_size
+
+
+def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float, no_speech_threshold: float) -> None:
+    """Set the text of a chunk, and what is to be said of it, from what was decoded."""
+    end = tokenizer.eos_token_id
+    data = tokenizer.decode(ids, skip_special_tokens=True).strip().encode()
+    chunk.compression_ratio = len(data) / len(zlib.compress(data))
+    chunk.looping = chunk.compression_ratio > COMPRESSION_RATIO_LIMIT
+    chunk.token_limit = ids[-1] != end
+    chunk.no_speech_prob = no_speech_prob
+    chunk.left_out = no_speech_prob > no_speech_threshold
+    ids = [i for i in ids if i != end]
+    chunk.token_ids = [*(without_loop(ids) if chunk.looping else ids), end]
+    chunk.text = re.sub(common.CONTROL, " ", tokenizer.decode(chunk.token_ids, skip_special_tokens=True)).strip()
+
+
+def without_loop(ids: list[int]) -> list[int]:
+    """Token ids that may end in a loop, which is a unit that comes three times or more, with its first turn alone."""
+    n_repeated = 0
+    for n in range(1, len(ids) // 3 + 1):
+        run = next((i for i in range(len(ids) - n) if ids[-1 - i] != ids[-1 - i - n]), len(ids) - n)
+        n_repeated = max(n_repeated, run if run >= 2 * n else 0)
+    return ids[: len(ids) - n_repeated]
+
+
+# --- Times: cross-attention -> when each character is spoken ---
+
+
+def cross_attention(recognizer: common.Recognizer, encoded, token_ids: list[list[int]]) -> Iterator[torch.Tensor]:
+    """Where the decoder looks in the audio as it predicts each token: attention weights of all heads of all layers,
+    (n_heads, n_tokens, n_positions) float32, for one row of the batch after the other.
+
+    They are computed from the queries and keys of one forward over the finished texts, because the kernels that
+    compute attention do not hand its weights out.
+    """
+    decoder, first = recognizer.model.model.decoder, common.PROMPT_LENGTH - 1
+    layers, outputs = [layer.encoder_attn for layer in decoder.layers], []
+    with contextlib.ExitStack() as hooks:
+        for linear in itertools.chain(*((layer.q_proj, layer.k_proj) for layer in layers)):
+            hooks.enter_context(linear.register_forward_hook(lambda module, args, output: outputs.append(output)))
+        inputs = common.decoder_inputs(recognizer, token_ids)
+        decoder(input_ids=inputs, encoder_hidden_states=encoded, use_cache=False)
+    for i, ids in enumerate(token_ids):
+        weights = []
+        for layer, queries, keys in zip(layers, outputs[::2], outputs[1::2], strict=True):
+            query = queries[i, first : first + len(ids)].float() * layer.scaling
+            query, key = (states.unflatten(-1, (layer.num_heads, -1)) for states in (query, keys[i].float()))
+            weights.append((query.transpose(0, 1) @ key.permute(1, 2, 0)).softmax(-1))
+        yield torch.cat(weights)
+
+
+def set_times(chunk: Chunk, tokenizer, weights: torch.Tensor) -> None:
+    """Set the times of the characters of a chunk whose text is set; weights are as cross_attention yields them.
+
+    Tokens that are spoken are aligned with the loud frames, so that no character falls into a pause. Where align finds
+    nothing to believe, the characters are spread evenly over the loud frames.
+    """
+    text = tokenizer.decode(chunk.token_ids, skip_special_tokens=True)
+    n_stripped = len(text) - len(re.sub(common.CONTROL, " ", text).lstrip())
+    runs = token_runs(tokenizer, chunk.token_ids, text)
+    chunk.token_starts = {characters[0] - n_stripped for _, characters in runs}
+    words = spoken_words(runs, text)
+    tokens = [i for of_word, _ in words for i in of_word]
+    frames = chunk.loud_frames[chunk.loud_frames < weights.shape[-1]]
+    if len(tokens) > FASTEST * FRAME_S * len(frames):  # a bang has made the speech look quiet
+        frames = np.arange(min(weights.shape[-1], math.ceil((chunk.end - chunk.start) / FRAME_S)))
+    token_of_frame = align(weights[:, [*tokens, len(chunk.token_ids) - 1]], frames) if tokens else None
+    chunk.aligned, times, n_done = token_of_frame is not None, spread(frames, len(text)), 0
+    for of_word, end in words if chunk.aligned else []:
+        of_frames = frames[np.isin(token_of_frame, np.searchsorted(tokens, of_word))]
+        times[n_done:end] = spread(of_frames, end - n_done)
+        n_done = end
+    chunk.times = chunk.start + times[n_stripped : n_stripped + len(chunk.text)]
 
 
 def token_runs(tokenizer, ids: list[int], text: str) -> list[tuple[range, range]]:
-    """The fewest tokens that decode to whole characters of the text: (their indices, those of the characters)."""
+    """Which tokens make which characters of the text they decode to: (indices of tokens, indices of characters).
+
+    A character may take several tokens, and a token may be several characters; each run is as short as it can be.
+    """
     runs, token, character = [], 0, 0
     for i in range(1, len(ids) + 1):
         prefix = tokenizer.decode(ids[:i], skip_special_tokens=True)
@@ -246,100 +627,93 @@ def token_runs(tokenizer, ids: list[int], text: str) -> list[tuple[range, range]
     return runs
 
 
-def cross_attention(recognizer: common.Recognizer, encoded, token_ids: list[list[int]]) -> Iterator:
-    """Where all heads look as they predict each token of a row: (n_heads, n_tokens, n_positions) float32, row by row.
+def spoken_words(runs: list[tuple[range, range]], text: str) -> list[tuple[list[int], int]]:
+    """The runs of token_runs that are spoken: (indices of tokens, index of the character after them).
 
-    One forward over the batch; from queries and keys, because fused kernels do not give the weights away.
+    Signs and spaces have no sound: their characters go with the tokens before them, opening brackets with those after.
     """
-    decoder, prompt = recognizer.model.model.decoder, recognizer.prompt.tolist()
-    rows = [torch.tensor([*prompt, *ids[:-1]]) for ids in token_ids]
-    inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=prompt[0]).to(encoded.device)
-    layers, outputs = [layer.encoder_attn for layer in decoder.layers], []
-    with contextlib.ExitStack() as hooks:
-        for linear in itertools.chain(*((layer.q_proj, layer.k_proj) for layer in layers)):
-            hooks.enter_context(linear.register_forward_hook(lambda module, args, output: outputs.append(output)))
-        decoder(input_ids=inputs, encoder_hidden_states=encoded, use_cache=False)
-    for i, ids in enumerate(token_ids):
-        weights = []
-        for layer, queries, keys in zip(layers, outputs[::2], outputs[1::2], strict=True):
-            query = queries[i, len(prompt) - 1 : len(prompt) - 1 + len(ids)].float() * layer.scaling
-            query, key = (states.unflatten(-1, (layer.num_heads, -1)) for states in (query, keys[i].float()))
-            weights.append((query.transpose(0, 1) @ key.permute(1, 2, 0)).softmax(-1))
-        yield torch.cat(weights)
+    words = []
+    for tokens, characters in runs:
+        spoken = re.search(r"\w", text[characters[0] : characters.stop])
+        if words and not spoken and text[characters[0]] not in NOT_LAST + " ":
+            words[-1] = words[-1][0], characters.stop
+        elif words and not words[-1][0]:
+            words[-1] = list(tokens) if spoken else [], characters.stop
+        else:
+            words.append((list(tokens) if spoken else [], characters.stop))
+    if len(words) > 1 and not words[-1][0]:
+        words[-2:] = [(words[-2][0], words[-1][1])]
+    return words
 
 
-def align(weights, frames: np.ndarray) -> np.ndarray | None:
-    """Which token each of the frames belongs to, (n_frames,) int64, from weights (n_heads, n_tokens, n_positions).
+def align(weights: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
+    """Which token each of the frames belongs to, (n_frames,) int64, by dynamic time warping.
 
-    Dynamic time warping in which a token has one frame or more, and a frame one token; the last token is the end of the
-    text, which takes what sounds after the speech. The heads are those with the largest L2 norms of rows and columns
-    (arXiv 2509.09987). None where a token takes LONGEST_TOKEN_S, or most tokens a single frame: then the text is not
-    what was said, or the heads look elsewhere.
+    weights are (n_heads, n_tokens, n_positions), and only the heads that look most sharply count: those with the
+    largest L2 norms of rows and columns (arXiv 2509.09987). Every token gets at least one frame. The last token is the
+    end of the text: it gets what sounds after the speech. None where the result is not to be believed, because a
+    token takes longer than LONGEST_TOKEN_S or most tokens take a single frame.
     """
     n_heads, n_tokens, _ = weights.shape
     if n_tokens > len(frames):
         return None
     weights = weights[:, :, frames]
-    scores = weights.norm(dim=1).sum(-1) + weights.norm(dim=2).sum(-1)
-    weights = weights[scores.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
+    sharpness = weights.norm(dim=1).sum(-1) + weights.norm(dim=2).sum(-1)
+    weights = weights[sharpness.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
     matrix = torch.nn.functional.normalize(weights, dim=1).mean(0).cpu().numpy()
     _, steps = common.import_librosa().sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))
-    path = steps[::-1, 0].copy()
-    for i in np.flatnonzero(np.diff(frames) * FRAME_S >= common.LEVEL_WINDOW_S):  # no token goes on after a pause
-        before, after = path[: i + 1] == path[i], path[i + 1 :] == path[i]
-        if after.any() and after.sum() <= before.sum() and path[i] < n_tokens - 1:
-            path[i + 1 :][after] += 1
-        elif after.any() and path[i] > 0:
-            path[: i + 1][before] -= 1
-    counts = np.bincount(path, minlength=n_tokens)[:-1]
-    return None if counts.max() * FRAME_S > LONGEST_TOKEN_S or np.mean(counts == 1) > 0.5 else path
+    tokens = steps[::-1, 0].copy()
+    for i in np.flatnonzero(np.diff(frames) * FRAME_S >= common.PAUSE_S):  # no token goes on after a pause
+        before, after = tokens[: i + 1] == tokens[i], tokens[i + 1 :] == tokens[i]
+        if after.any() and after.sum() <= before.sum() and tokens[i] < n_tokens - 1:
+            tokens[i + 1 :][after] += 1
+        elif after.any() and tokens[i] > 0:
+            tokens[: i + 1][before] -= 1
+    counts = np.bincount(tokens, minlength=n_tokens)[:-1]
+    return None if counts.max() * FRAME_S > LONGEST_TOKEN_S or np.mean(counts == 1) > 0.5 else tokens
 
 
 def spread(frames: np.ndarray, n: int) -> np.ndarray:
-    """Start and end, in seconds, of n characters that share frames evenly: (n, 2)."""
+    """Start and end, in seconds from the start of the chunk, of n characters spread evenly over frames: (n, 2)."""
     edges = np.linspace(0, len(frames), n + 1)
     first, last = np.floor(edges[:-1]).astype(int), np.ceil(edges[1:]).astype(int) - 1
     return FRAME_S * np.stack([frames[first] + edges[:-1] - first, frames[last] + edges[1:] - last], 1)
 
 
-def spoken_parts(runs: list[tuple[range, range]], text: str) -> list[tuple[list[int], int]]:
-    """Tokens that are spoken and the index of the character that ends them: those of token_runs, where signs and
-    spaces, which have no sound, go with the tokens that they follow, and opening brackets with the next."""
-    parts = []
-    for tokens, characters in runs:
-        spoken = re.search(r"\w", text[characters[0] : characters.stop])
-        if parts and not spoken and text[characters[0]] not in NOT_LAST + " ":
-            parts[-1] = parts[-1][0], characters.stop
-        elif parts and not parts[-1][0]:
-            parts[-1] = list(tokens) if spoken else [], characters.stop
-        else:
-            parts.append((list(tokens) if spoken else [], characters.stop))
-    if len(parts) > 1 and not parts[-1][0]:
-        parts[-2:] = [(parts[-2][0], parts[-1][1])]
-    return parts
+# --- Cues: texts and times -> what people can read ---
 
 
-def set_times(chunk: Chunk, tokenizer, ids: list[int], weights) -> None:
-    """Give a chunk, whose text is set, the times of its characters; weights as cross_attention yields them.
+@dataclass
+class Cue:
+    """A sentence, or as much of one as can be read at a time; seconds from the beginning of the recording."""
 
-    Only the tokens that are spoken and the loud frames take part, so that nothing is drawn into a pause. Where the
-    alignment is doubtful, the characters share the loud frames evenly.
-    """
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    n_left_out = len(text) - len(re.sub(common.CONTROL, " ", text).lstrip())
-    runs = token_runs(tokenizer, ids, text)
-    chunk.breaks = {characters[0] - n_left_out for _, characters in runs}
-    parts = spoken_parts(runs, text)
-    tokens = [i for of_part, _ in parts for i in of_part]
-    frames = chunk.loud[chunk.loud < weights.shape[-1]]
-    if len(tokens) > FASTEST * FRAME_S * len(frames):  # a bang has made the speech look quiet
-        frames = np.arange(min(weights.shape[-1], math.ceil((chunk.end - chunk.start) / FRAME_S)))
-    path = align(weights[:, [*tokens, len(ids) - 1]], frames) if tokens else None
-    chunk.aligned, spans, n_done = path is not None, spread(frames, len(text)), 0
-    for of_part, end in parts if chunk.aligned else []:
-        spans[n_done:end] = spread(frames[np.isin(path, np.searchsorted(tokens, of_part))], end - n_done)
-        n_done = end
-    chunk.spans = chunk.start + spans[n_left_out : n_left_out + len(chunk.text)]
+    start: float
+    end: float
+    text: str  # a part of its chunk's text, with the space that it may begin with
+    lines: list[str]
+    words: list[tuple[str, float, float]]  # text, start, end
+    chunk: Chunk
+
+
+def cues_of(recording: Recording) -> list[Cue]:
+    """The cues of a recording, together all of its text."""
+    cues = []
+    for chunk in recording.chunks:
+        if chunk.left_out:
+            continue
+        qualities = break_qualities(chunk.text, chunk.token_starts)
+        for sentence in sentences(chunk.text):
+            for first, end in split_sentence(chunk, *sentence, qualities):
+                text, (starts, ends) = chunk.text[first:end], chunk.times.T
+                lines = break_lines(text, qualities[first:end])
+                edges = [first, *(i for i in range(first + 1, end) if qualities[i] > 1), end]
+                words = [(chunk.text[i:j], starts[i], ends[j - 1]) for i, j in itertools.pairwise(edges)]
+                cues.append(Cue(starts[first], ends[end - 1], text, lines, words, chunk))
+    for cue, limit in zip(cues, [*(cue.start for cue in cues[1:]), recording.duration], strict=False):
+        cue.end = max(cue.end + DEVOICED_END_S, cue.start + SHORTEST_CUE_S)
+        cue.end = min(cue.end, cue.start + LONGEST_CUE_S, limit)
+        cue.words = [(word, min(start, cue.end), min(end, cue.end)) for word, start, end in cue.words]
+    return cues
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
@@ -352,52 +726,35 @@ def sentences(text: str) -> list[tuple[int, int]]:
     return list(itertools.pairwise([*edges, len(text)])) if text else []
 
 
-def break_qualities(text: str, breaks: set[int]) -> list[int]:
-    """How good it is to break a text before each character: 0 never, 1 in a word, 2 after a token, 3 after a phrase,
-    4 at a comma or space. breaks: the characters that a token begins with."""
+def break_qualities(text: str, token_starts: set[int]) -> list[int]:
+    """How good a place to break a text is before each of its characters: 0 never, 1 within a word, 2 between two kanji
+    or katakana, 3 after another token, 4 after a phrase, 5 at a comma or space."""
     qualities = [0] * len(text)
     for i, (before, after) in enumerate(itertools.pairwise(text), start=1):
         first = text[i:].lstrip()[:1]
         if before.isspace() or before in NOT_LAST or first in NOT_FIRST or unicodedata.category(after) in JOINED:
             continue
         if after.isspace() or (before in "、，,;；：" and not after.isdigit()):
-            qualities[i] = 4
-        elif i not in breaks or (re.fullmatch(SPACED, before) and re.fullmatch(SPACED, after)):
+            qualities[i] = 5
+        elif i not in token_starts or (re.fullmatch(SPACED, before) and re.fullmatch(SPACED, after)):
             qualities[i] = 1
         else:
-            qualities[i] = 3 if re.fullmatch("[ぁ-ん][^ぁ-ん]", before + after) else 2
+            pair = before + after
+            qualities[i] = 4 if re.fullmatch(PHRASE_END, pair) else 2 if re.fullmatch(COMPOUND, pair) else 3
     return qualities
 
 
-def cells(text: str) -> float:
-    """The width of a text without the spaces around it, in full-width characters."""
-    return sum(1 if unicodedata.east_asian_width(character) in "WF" else 0.5 for character in text.strip())
+def split_sentence(chunk: Chunk, first: int, end: int, qualities: list[int]) -> list[tuple[int, int]]:
+    """Cut a chunk's text from first to end into parts that fit a cue: CUE_LINES of LINE_CELLS, and LONGEST_CUE_S.
 
-
-def break_lines(text: str, qualities: list[int], width: float) -> list[str]:
-    """The lines of a text, as few as there can be, broken at the best places; qualities: of those in the text."""
-    lines, first = [], 0
-    while (rest := cells(text[first:])) > width:
-        fitting = [i for i in range(first + 1, len(text)) if cells(text[first:i]) <= width]
-        few = [i for i in fitting if cells(text[i:]) <= width * (math.ceil(rest / width) - 1)]
-        places = [i for i in few if qualities[i]] or [i for i in fitting if qualities[i]] or fitting[-1:]
-        cut = max(places, key=lambda i: (qualities[i], -abs(2 * i - first - len(text))))
-        lines.append(text[first:cut].strip())
-        first = cut
-    return [*lines, text[first:].strip()]
-
-
-def readable_parts(chunk: Chunk, first: int, end: int, qualities: list[int], limits: tuple) -> list[tuple[int, int]]:
-    """Parts of a chunk's text from first to end that keep to limits (cells in a line, lines) and to LONGEST_CUE_S.
-
-    They are cut at long pauses, and then near the middle: best at a pause, after a comma, a phrase, a token.
+    Cuts are made at long pauses first, then near the middle: best at a pause, after a comma, a phrase or a token.
     """
-    starts, ends = chunk.spans.T
+    starts, ends = chunk.times.T
     places = [i for i in range(first + 1, end) if chunk.text[first:i].strip() and chunk.text[i:end].strip()]
     pauses = {i: starts[i] - ends[i - 1] for i in places}
     long = [i for i in places if pauses[i] >= LONG_PAUSE_S and qualities[i] > 1]
-    fits = ends[end - 1] - starts[first] <= LONGEST_CUE_S and cells(chunk.text[first:end]) <= limits[0] * limits[1]
-    fits = fits and len(break_lines(chunk.text[first:end], qualities[first:end], limits[0])) <= limits[1]
+    fits = ends[end - 1] - starts[first] <= LONGEST_CUE_S
+    fits = fits and len(break_lines(chunk.text[first:end], qualities[first:end])) <= CUE_LINES
     if not places or (fits and not long):
         return [(first, end)]
 
@@ -406,73 +763,45 @@ def readable_parts(chunk: Chunk, first: int, end: int, qualities: list[int], lim
         return (qualities[i] or -100) + 3 * min(pauses[i], 1) - 6 * ((2 * i - first - end) / (end - first)) ** 2
 
     cut = max(long or places, key=goodness)
-    return [*readable_parts(chunk, first, cut, qualities, limits), *readable_parts(chunk, cut, end, qualities, limits)]
+    return [*split_sentence(chunk, first, cut, qualities), *split_sentence(chunk, cut, end, qualities)]
 
 
-def cues_of(transcript: Transcript, limits: tuple[float, int]) -> list[Cue]:
-    """The cues of a file, together all of its text; limits as of readable_parts."""
-    cues = []
-    for chunk in transcript.chunks:
-        qualities = break_qualities(chunk.text, chunk.breaks)
-        for sentence in sentences(chunk.text):
-            for first, end in readable_parts(chunk, *sentence, qualities, limits):
-                text, (starts, ends) = chunk.text[first:end], chunk.spans.T
-                edges = [first, *(i for i in range(first + 1, end) if qualities[i] > 1), end]
-                words = [(chunk.text[i:j], starts[i], ends[j - 1]) for i, j in itertools.pairwise(edges)]
-                lines = break_lines(text, qualities[first:end], limits[0])
-                cues.append(Cue(starts[first], ends[end - 1], text, lines, words, chunk))
-    for cue, limit in zip(cues, [*(cue.start for cue in cues[1:]), transcript.duration], strict=False):
-        cue.end = min(max(cue.end, cue.start + SHORTEST_CUE_S), cue.start + LONGEST_CUE_S, limit)
-        cue.words = [(word, min(start, cue.end), min(end, cue.end)) for word, start, end in cue.words]
-    return cues
+def break_lines(text: str, qualities: list[int]) -> list[str]:
+    """The lines of a text, as few as there can be, broken at the best places; qualities: of those in the text."""
+    lines, first = [], 0
+    while (rest := cells(text[first:])) > LINE_CELLS:
+        fitting = [i for i in range(first + 1, len(text)) if cells(text[first:i]) <= LINE_CELLS]
+        few = [i for i in fitting if cells(text[i:]) <= LINE_CELLS * (math.ceil(rest / LINE_CELLS) - 1)]
+        places = [i for i in few if qualities[i]] or [i for i in fitting if qualities[i]] or fitting[-1:]
+        cut = max(places, key=lambda i: (qualities[i], -abs(2 * i - first - len(text))))
+        lines.append(text[first:cut].strip())
+        first = cut
+    return [*lines, text[first:].strip()]
 
 
-# --- Writing ---
+def cells(text: str) -> float:
+    """The width of a text without the spaces around it, in full-width characters."""
+    return sum(1 if unicodedata.east_asian_width(character) in "WF" else 0.5 for character in text.strip())
 
 
-def timestamp(seconds: float, decimal_mark: str = ".", hours_always: bool = False) -> str:
-    """HH:MM:SS and milliseconds; unless hours_always, the hours only where there are some."""
-    minutes, milliseconds = divmod(round(1000 * seconds), 60_000)
-    hours, minutes = divmod(minutes, 60)
-    prefix = f"{hours:02d}:" if hours or hours_always else ""
-    return f"{prefix}{minutes:02d}:{milliseconds // 1000:02d}{decimal_mark}{milliseconds % 1000:03d}"
+# --- Output formats ---
 
 
-def full_text(transcript: Transcript, language: str) -> str:
-    """The text of all chunks in one line."""
-    return ("" if language in UNSPACED_LANGUAGES else " ").join(chunk.text for chunk in transcript.chunks if chunk.text)
-
-
-def json_segment(i: int, cue: Cue, word_timestamps: bool) -> dict:
-    """A segment of openai/whisper's JSON, with what is known of the chunk that it comes from."""
-    chunk = cue.chunk
-    content = {"id": i, "start": round(cue.start, 3), "end": round(cue.end, 3), "text": cue.text}
-    content |= {"compression_ratio": round(chunk.compression_ratio, 3), "token_limit": chunk.token_limit}
-    content |= {"looping": chunk.looping, "times": "aligned" if chunk.aligned else "proportional"}
-    if word_timestamps:
-        content["words"] = [{"word": w, "start": round(s, 3), "end": round(e, 3)} for w, s, e in cue.words]
-    return content
-
-
-def render(
-    transcript: Transcript, extension: str, language: str, limits: tuple[float, int] = (16, 2), words: bool = False
-) -> str:
+def render(recording: Recording, extension: str, language: str) -> str:
     """The content of an output file, in the format of openai/whisper's writers; language is that of the text.
 
-    limits as of cues_of, for the cues of subtitles; txt needs no times, and has a line for each sentence.
+    txt has a line for each sentence, and needs no times.
     """
     if extension == "txt":
-        texts = (chunk.text[first:end] for chunk in transcript.chunks for first, end in sentences(chunk.text))
+        chunks = (chunk for chunk in recording.chunks if not chunk.left_out)
+        texts = (chunk.text[first:end] for chunk in chunks for first, end in sentences(chunk.text))
         return "".join(f"{text.strip()}\n" for text in texts)
-    cues = cues_of(transcript, limits)
+    cues = cues_of(recording)
     if extension == "tsv":
         rows = ((f"{round(1000 * c.start)}\t{round(1000 * c.end)}", c.text.strip().replace("\t", " ")) for c in cues)
         return "start\tend\ttext\n" + "".join(f"{times}\t{text}\n" for times, text in rows)
     if extension == "json":
-        rows = [json_segment(i, cue, words) for i, cue in enumerate(cues)]
-        content = {"text": full_text(transcript, language), "segments": rows, "language": language}
-        content |= {"duration": round(transcript.duration, 3), "path": transcript.path}
-        return common.to_json(content) + "\n"
+        return json.dumps(json_content(recording, cues, language), ensure_ascii=False) + "\n"
     srt = extension == "srt"
     mark, content = "," if srt else ".", "" if srt else "WEBVTT\n\n"
     for i, cue in enumerate(cues, start=1):
@@ -483,298 +812,42 @@ def render(
     return content
 
 
-def deliver(transcript: Transcript, outputs: list[str], args: argparse.Namespace, many: bool) -> None:
-    """Write a transcript to its output files, or to stdout where it has none; what fails becomes its error."""
-    how = args.text_language, (args.max_line_width, args.max_line_count), args.word_timestamps
-    if not outputs and many and args.output_format == "txt":
-        path = common.one_line(transcript.path)
-        common.write_stdout(f"{path}\t{full_text(transcript, args.text_language)}\n")
-    elif not outputs:
-        common.write_stdout(render(transcript, args.output_format, *how))
-    for output in outputs:
-        try:
-            common.write_whole(output, render(transcript, output.rpartition(".")[2], *how))
-        except OSError as error:
-            transcript.error = f"cannot write {output}: {error.strerror}"
+def timestamp(seconds: float, decimal_mark: str, hours_always: bool) -> str:
+    """HH:MM:SS and milliseconds; unless hours_always, the hours only where there are some."""
+    minutes, milliseconds = divmod(round(1000 * seconds), 60_000)
+    hours, minutes = divmod(minutes, 60)
+    prefix = f"{hours:02d}:" if hours or hours_always else ""
+    return f"{prefix}{minutes:02d}:{milliseconds // 1000:02d}{decimal_mark}{milliseconds % 1000:03d}"
 
 
-def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, model=None) -> str:
-    """What was done, how fast and on what, and what to be careful with."""
-    n_files, audio_s = totals["done"] + totals["failed"] + totals["skipped"], totals["audio_s"]
-    line = f"{n_files} file{'s' * (n_files != 1)}, {totals['failed']} failed"
-    line += f", {totals['skipped']} skipped" if totals["skipped"] else ""
-    if model is None:
-        return line
-    rtf = f", RTF {taken_s:.2f} / {audio_s:.2f} = {taken_s / audio_s:.3f}" if audio_s else ""
-    return (
-        f"{line}; {audio_s:.1f} s of audio in {taken_s:.1f} s{rtf} (and {load_s:.1f} s to load) on {model.device} in "
-        f"{str(model.dtype)[6:]}; chunks: {totals['decoded']} decoded, {totals['silent']} silent, {totals['cut']} cut "
-        f"at the token limit, {totals['looping']} looping"
-    )
+def full_text(recording: Recording, language: str) -> str:
+    """The text of all chunks in one line."""
+    texts = (chunk.text for chunk in recording.chunks if not chunk.left_out and chunk.text)
+    return ("" if language in UNSPACED_LANGUAGES else " ").join(texts)
 
 
-def record(transcript: Transcript, totals: Counter) -> None:
-    """Count a file, and say it where it failed."""
-    totals["failed" if transcript.error is not None else "done"] += 1
-    totals["audio_s"] += transcript.duration
-    totals["decoded"] += len(transcript.chunks)
-    totals["silent"] += transcript.silent
-    totals["cut"] += sum(chunk.token_limit for chunk in transcript.chunks)
-    totals["looping"] += sum(chunk.looping for chunk in transcript.chunks)
-    if transcript.error is not None:
-        notice(f"error: {transcript.path}: {transcript.error}")
-
-
-def progress_bar(paths: list[str], window_s: float) -> tqdm:
-    """A bar in seconds of audio on a terminal of its own, where there is more than one chunk to wait for."""
-    if not sys.stderr.isatty() or torchrun_place()[1] > 1:
-        return tqdm(disable=True)
-    total = None  # of several files, or of one that only ffmpeg can read
-    if len(paths) == 1 and os.path.isfile(paths[0]):
-        with contextlib.suppress(soundfile.SoundFileError, TypeError, OSError), open(paths[0], "rb") as file:
-            total = soundfile.info(file).duration
-    short = total is not None and total <= window_s
-    done = "{n:.0f} s of audio" if total is None else "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s of audio"
-    return tqdm(total=total, disable=short, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
-
-
-# --- The pipeline: files -> chunks -> batches -> texts ---
-
-
-def read_files(paths: Iterable[str], extractor, chunk_length_s: float) -> Iterator[tuple]:
-    """The chunks of each file, (transcript, chunk, features), and at its end (transcript, None, None).
-
-    features is None where the chunk is silent. Whatever goes wrong while a file is read is that file's error.
-    """
-    for path in paths:
-        transcript = Transcript(path)
-        try:
-            for start, end, waveform in common.read_chunks(path, chunk_length_s):
-                features, chunk = None, Chunk(start, end)
-                if waveform is not None:
-                    features, chunk.loud = common.extract_features(extractor, waveform), loud_frames(waveform)
-                yield transcript, chunk, features
-        except common.AudioError as error:
-            transcript.error = str(error)
-        except MemoryError:
-            transcript.error = "there is not enough memory to read it"
-        except Exception as error:
-            transcript.error = f"cannot be read ({type(error).__name__}: {common.first_line(error)})"
-        yield transcript, None, None
-
-
-def ahead(items: Iterable, n: int) -> Iterator:
-    """The same items, of which a background thread makes n before they are asked for."""
-    iterator, end = iter(items), object()
-    thread = ThreadPoolExecutor(max_workers=1)
-    try:
-        futures = deque(thread.submit(next, iterator, end) for _ in range(n))
-        while (item := futures.popleft().result()) is not end:
-            futures.append(thread.submit(next, iterator, end))
-            yield item
-    finally:
-        thread.shutdown(cancel_futures=True)
-
-
-def batches(items: Iterable[tuple], batch_size: int) -> Iterator[list[tuple]]:
-    """What read_files yields, in lists with batch_size chunks to decode among them; a file ends with its last."""
-    batch, n_features = [], 0
-    for transcript, chunk, features in items:
-        if features is not None and n_features == batch_size:
-            yield batch
-            batch, n_features = [], 0
-        batch.append((transcript, chunk, features))
-        n_features += features is not None
-    yield batch
-
-
-def recognize_at_once(recognizer: common.Recognizer, part: list[tuple], max_new_tokens: int, timed: bool) -> None:
-    """Give as many chunks as the device takes at once their texts and, where timed, times. Raises DeviceError."""
-    model, tokenizer = recognizer.model, recognizer.tokenizer
-    token_ids, _, encoded = common.generate(recognizer, [features for *_, features in part], max_new_tokens)
-    for (_, chunk, _), ids in zip(part, token_ids, strict=True):
-        chunk.text = re.sub(common.CONTROL, " ", tokenizer.decode(ids, skip_special_tokens=True)).strip()
-        data = chunk.text.encode()
-        chunk.compression_ratio = len(data) / len(zlib.compress(data))
-        chunk.token_limit = ids[-1] != tokenizer.eos_token_id
-    with torch.inference_mode(), common.device_errors(model.device):
-        for i, weights in enumerate(cross_attention(recognizer, encoded, token_ids) if timed else []):
-            set_times(part[i][1], tokenizer, token_ids[i], weights)
-
-
-def recognize(
-    recognizer: common.Recognizer, batch: list[tuple], max_new_tokens: int, batch_size: int, timed: bool = False
-) -> int:
-    """recognize_at_once for a batch, in parts if need be: the batch size that fits the device. Raises DeviceError."""
-    n_done = 0
-    while n_done < len(batch):
-        part = batch[n_done : n_done + batch_size]
-        try:
-            recognize_at_once(recognizer, part, max_new_tokens, timed)
-            n_done += len(part)
-            continue
-        except common.OutOfMemoryError:
-            if len(part) == 1:
-                raise
-        batch_size = len(part) // 2
-        if recognizer.model.device.type != "cpu":
-            with common.device_errors(recognizer.model.device):
-                torch.get_device_module(recognizer.model.device).empty_cache()  # here, where no error holds the tensors
-    for transcript, chunk, _ in batch:
-        transcript.chunks.append(chunk)
-    return batch_size
-
-
-def transcribe(
-    recognizer: common.Recognizer, paths: Iterable[str], max_new_tokens: int, chunk_length_s: float, batch_size: int,
-    on_progress: Callable[[float], None] = lambda seconds: None, timed: bool = False,
-) -> Iterator[Transcript]:  # fmt: skip
-    """The transcript of each file, in order; on_progress is told the seconds of audio done since it was last called.
-
-    Where timed, the characters have times. Chunks of several files share a batch, and an accelerator decodes one while
-    the next is read. Where the device fails, the files of the batch have failed, for nothing that comes back from it
-    can be believed, and then DeviceError is raised.
-    """
-    device, fitting = recognizer.model.device, batch_size
-    items = read_files(paths, recognizer.extractor, chunk_length_s)
-    if device.type != "cpu":  # whose OpenMP threads would wait for each other: half the speed
-        items = ahead(items, batch_size)
-    for batch in batches(items, batch_size):
-        before = fitting
-        try:
-            decoded = [item for item in batch if item[2] is not None]
-            fitting = recognize(recognizer, decoded, max_new_tokens, before, timed)
-        except common.DeviceError as error:
-            for transcript in dict.fromkeys(transcript for transcript, *_ in batch):
-                transcript.error = transcript.error or str(error)
-                yield transcript
-            raise
-        if fitting < before:
-            notice(f"warning: {device} is out of memory in batches of {before}: --batch-size {fitting} from here on")
-        for transcript, chunk, features in batch:
-            if chunk is None:
-                yield transcript
-                continue
-            transcript.duration = chunk.end
-            transcript.silent += features is None
-            on_progress(chunk.end - chunk.start)
-
-
-# --- Command ---
-
-
-def share(paths: Iterable[str], rank: int, world_size: int) -> list[str]:
-    """The files of one of world_size processes, the longest first, all of them together about as long as the others'.
-
-    Their length is taken to be that in bytes: to open them all would take too long.
-    """
-    sizes = {path: os.path.getsize(path) if os.path.exists(path) else 0 for path in paths}
-    loads, mine = [0] * world_size, []
-    for path in sorted(sizes, key=lambda path: (sizes[path], path), reverse=True):
-        lightest = loads.index(min(loads))
-        loads[lightest] += sizes[path] + 1
-        if lightest == rank:
-            mine.append(path)
-    return mine
-
-
-def transcribe_files(paths: list[str], outputs: dict[str, list[str]], many: bool, totals: Counter, args) -> None:
-    """Load the model, transcribe files and deliver their transcripts. Raises SetupError, also where some are left."""
-    started = time.perf_counter()
-    device, warning = common.select_device(args.device, *torchrun_place()[2:])
-    if warning:
-        notice(f"warning: {warning}")
-    dtype = common.select_dtype(args.dtype, device)
-    recognizer = common.load_model(args.model, device, dtype, args.language, args.task)
-    timed = args.output_format != "txt"
-    if timed:
-        common.import_librosa().sequence  # noqa: B018  (imported when it is used: seconds that belong to loading)
-    loaded, stopped, n_left = time.perf_counter(), None, len(paths)
-    with progress_bar(paths, recognizer.extractor.chunk_length) as bar:
-        results = transcribe(
-            recognizer, paths, args.max_new_tokens, args.chunk_length,
-            args.batch_size or common.default_batch_size(device), on_progress=bar.update, timed=timed,
-        )  # fmt: skip
-        try:
-            for transcript in results:
-                if transcript.error is None:
-                    deliver(transcript, outputs[transcript.path], args, many)
-                record(transcript, totals)
-                n_left -= 1
-        except common.DeviceError as error:
-            stopped = error
-    notice(closing_line(totals, loaded - started, time.perf_counter() - loaded, recognizer.model))
-    if stopped:
-        remedy = "--output-dir and --skip-existing go on with them"
-        raise common.SetupError(f"{stopped}; files not reached: {n_left} ({remedy})")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Transcribe what the arguments name; the exit status. Raises SetupError."""
-    rank, world_size, *_ = torchrun_place()
-    for option, given in (("--skip-existing", args.skip_existing), ("more than one process", world_size > 1)):
-        if given and args.output_dir is None:
-            raise common.SetupError(f"{option} needs --output-dir")
-    if args.word_timestamps and args.output_format not in ("json", "all"):
-        raise common.SetupError("--word-timestamps needs --output-format json or all: the others have no words")
-    inputs, failed = find_audio(args.audio)
-    many = len(inputs) + len(failed) > 1
-    outputs = plan_outputs(inputs, many, args)
-    mine = list(inputs)
-    if world_size > 1:
-        mine, failed = share(inputs, rank, world_size), (failed if rank == 0 else [])
-    bilingual = "bilingual" in args.model
-    args.text_language = args.language if args.task == "transcribe" or bilingual else "en"
-    if args.task == "translate" and not bilingual:
-        notice("kotoba-whisper-v2.0 was trained for Japanese transcription only; to translate, use --model "
-               "kotoba-tech/kotoba-whisper-bilingual-v1.0 with --language en (or ja, from English)")  # fmt: skip
-    totals = Counter()
-    for transcript in failed:
-        record(transcript, totals)
-    paths = [path for path in mine if not (args.skip_existing and all(map(os.path.isfile, outputs[path])))]
-    totals["skipped"] = len(mine) - len(paths)
-    if paths:
-        transcribe_files(paths, outputs, many, totals, args)
-    elif totals["skipped"] or world_size > 1:
-        notice(closing_line(totals))
-    return int(totals["failed"] > 0)
-
-
-def run_with_others(args: argparse.Namespace) -> int:
-    """Run the command; the exit status of all processes of torchrun, on all machines: the worst of theirs.
-
-    torchrun ends the others as soon as one fails, and its store with the first machine: so all wait here for the last,
-    but no longer than SHORTEST_WAIT_S or, if that is more, than they have run themselves. Raises SetupError.
-    """
-    started, (rank, world_size, *_) = time.monotonic(), torchrun_place()
-    if world_size == 1:
-        return run(args)
-    try:
-        store, *_ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=STORE_TIMEOUT_S)))
-        n_starts = store.add(f"starts of {rank}", 1)
-    except (RuntimeError, ValueError, TypeError) as error:
-        place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-        raise common.SetupError(
-            f"torchrun's store at {place} does not answer ({common.first_line(error)}): unset what an earlier "
-            "torchrun left in the environment, or start with torchrun"
-        ) from error
-    if n_starts > 1:
-        raise common.SetupError(f"{n_starts} processes have RANK={rank}: start each with a torchrun of its own")
-    status = common.run_script(program(), run, args)
-    if status == 130:
-        return status
-    try:
-        store.set(f"status {rank}", str(status))
-        store.set_timeout(timedelta(seconds=max(SHORTEST_WAIT_S, time.monotonic() - started)))
-        return max(map(int, store.multi_get([f"status {i}" for i in range(world_size)])))
-    except RuntimeError as error:
-        notice(f"error: the other processes do not end ({common.first_line(error)})")
-        return status or 1
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    return common.run_script(program(), run_with_others, parse_arguments(argv))
+def json_content(recording: Recording, cues: list[Cue], language: str) -> dict:
+    """What openai/whisper's JSON has, and what is known of the chunk that a segment comes from."""
+    segments = [
+        {
+            "id": i, "start": round(cue.start, 3), "end": round(cue.end, 3), "text": cue.text,
+            "words": [{"word": word, "start": round(s, 3), "end": round(e, 3)} for word, s, e in cue.words],
+            "times": "aligned" if cue.chunk.aligned else "proportional",
+            "no_speech_prob": round(cue.chunk.no_speech_prob, 3),
+            "compression_ratio": round(cue.chunk.compression_ratio, 3),
+            "token_limit": cue.chunk.token_limit, "looping": cue.chunk.looping,
+        }
+        for i, cue in enumerate(cues)
+    ]  # fmt: skip
+    left_out = [
+        {"start": round(c.start, 3), "end": round(c.end, 3), "text": c.text, "no_speech_prob": c.no_speech_prob}
+        for c in recording.chunks if c.left_out
+    ]  # fmt: skip
+    return {
+        "text": full_text(recording, language), "segments": segments, "language": language,
+        "duration": round(recording.duration, 3), "path": recording.path, "warnings": recording.warnings,
+        "left_out": left_out,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
