@@ -39,6 +39,7 @@ LEVEL_HOP_S = 0.01  # from one measurement of loudness to the next
 PAUSE_S = 0.3  # longer than the closure of a stop consonant or of a small tsu, which are no pauses
 SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
 FAR_QUIETER = 100  # 20 dB, in power
+UNKNOWN_LENGTH = 1 << 62  # samples: libsndfile gives more than that where it does not know
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # characters that end a line or steer a terminal
 
 
@@ -504,7 +505,7 @@ def sound_blocks(sound: soundfile.SoundFile, warn: Callable[[str], None]) -> Ite
         if n_read == 0:
             raise
         warn(f"damaged after {n_read / rate:.0f} s ({error.error_string}): what follows is lost")
-    if sound.format == "OGG" and n_read < sound.frames:
+    if sound.format == "OGG" and n_read < sound.frames < UNKNOWN_LENGTH:
         warn(f"damaged: {n_read / rate:.0f} of {sound.frames / rate:.0f} s can be read")
 
 
@@ -515,20 +516,24 @@ def ffmpeg_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int,
     Its exit status decides: what it says of a recording that it could read is a warning. Raises AudioError.
     """
     with open(path, "rb") as file:
-        has_clock = re.match(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3", file.read(8), re.DOTALL)
-    # async=1 keeps gaps. first_pts=0 keeps the silence before a sound that begins later than the picture, but doubles
-    # what changes its format on the way, as broadcast streams do: those have no such clock.
-    filters = "aresample=async=1:first_pts=0" if has_clock else "aresample=async=1"
-    # file: keeps a name like concat:x from being taken for a protocol.
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{path}", "-vn", "-af", filters]
+        head = file.read(12)
+    # async=1 keeps the gaps of a recording with a clock: without one, as in MP3, AAC, AC-3 and Ogg, it loses sound where
+    # the format changes on the way. first_pts=0 keeps the silence before a sound that begins later than the picture, in
+    # MP4 and Matroska: in broadcast streams it doubles what changes its format.
+    filters = "anull" if re.match(rb"ID3|\xff[\xe0-\xff]|\x0b\x77|OggS", head) else "aresample=async=1"
+    if re.match(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3", head, re.DOTALL):
+        filters += ":first_pts=0"
+    # file: keeps a name like concat:x from being taken for a protocol. In a transport stream, a step of the clock counts
+    # as a gap up to 60 s, not 10: beyond, the clock is taken to have been set anew.
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-dts_delta_threshold", "60", "-i", f"file:{path}", "-vn"]
+    command += ["-af", filters, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
     rate, n_read = 1, 0
     with tempfile.TemporaryFile() as messages:  # a pipe that nobody reads could block ffmpeg
         with (
-            subprocess.Popen([*command, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"], stdout=subprocess.PIPE,
-                             stderr=messages) as process,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process,
             contextlib.suppress(soundfile.LibsndfileError),  # nothing came: ffmpeg says why
             soundfile.SoundFile(process.stdout.fileno(), closefd=False) as sound,
-        ):  # fmt: skip
+        ):
             for rate, block in sound_blocks(sound, warn):
                 n_read += len(block)
                 yield rate, block
@@ -540,6 +545,16 @@ def ffmpeg_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int,
         warn(f"ffmpeg broke off after {n_read / rate:.0f} s: {said}")
     elif said:
         warn(f"ffmpeg says: {said}")
+    declared = int.from_bytes(head[4:8], "little" if head[:1] == b"R" else "big")
+    if re.match(rb"RIFF....WAVE|FORM....AIF", head, re.DOTALL) and declared:  # libsndfile refuses these where joined
+        warn_of_unread(path, 8 + declared, warn)
+
+
+def warn_of_unread(path: str, end: int, warn: Callable[[str], None]) -> None:
+    """Say how many bytes lie behind the end of a recording, where that is much: it may be one that was joined to it."""
+    size = os.path.getsize(path)
+    if size - end > max(1 << 16, size // 100):
+        warn(f"{size - end} bytes behind the end that its header declares were not read")
 
 
 def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
@@ -558,11 +573,8 @@ def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, n
             for item in blocks:
                 n_blocks += 1
                 yield item
-            n_left = os.path.getsize(path) - file.tell()
-            if n_blocks and n_left > max(1 << 16, os.path.getsize(path) // 100):
-                warn(f"{n_left} bytes behind the end that its header declares were not read")
             if n_blocks:
-                return
+                return warn_of_unread(path, file.tell(), warn)
     except soundfile.LibsndfileError as error:
         problem = error.error_string.rstrip(".")
     except OSError as error:
