@@ -517,14 +517,14 @@ def ffmpeg_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int,
     """
     with open(path, "rb") as file:
         head = file.read(12)
-    # async=1 keeps the gaps of a recording with a clock: without one, as in MP3, AAC, AC-3 and Ogg, it loses sound where
-    # the format changes on the way. first_pts=0 keeps the silence before a sound that begins later than the picture, in
-    # MP4 and Matroska: in broadcast streams it doubles what changes its format.
+    # async=1 keeps the gaps of a recording with a clock; without one, as in MP3, AAC, AC-3 and Ogg, it would lose sound
+    # where the format changes. first_pts=0 keeps the silence before a sound that begins later than the picture, in MP4
+    # and Matroska; in broadcast streams it would double what changes its format.
     filters = "anull" if re.match(rb"ID3|\xff[\xe0-\xff]|\x0b\x77|OggS", head) else "aresample=async=1"
     if re.match(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3", head, re.DOTALL):
         filters += ":first_pts=0"
-    # file: keeps a name like concat:x from being taken for a protocol. In a transport stream, a step of the clock counts
-    # as a gap up to 60 s, not 10: beyond, the clock is taken to have been set anew.
+    # file: keeps a name like concat:x from being taken for a protocol. In a transport stream a step of the clock is a gap
+    # up to 60 s, not 10; a longer one means that the clock was set anew.
     command = ["ffmpeg", "-nostdin", "-v", "error", "-dts_delta_threshold", "60", "-i", f"file:{path}", "-vn"]
     command += ["-af", filters, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
     rate, n_read = 1, 0

@@ -125,7 +125,7 @@ def test_channels_are_mixed_down(tmp_path):
     assert np.allclose(read(path)[1], 0.125)
 
 
-@pytest.mark.parametrize("n_channels, hum", [(2, 0), (2, 0.3), (6, 0), (32, 0)])
+@pytest.mark.parametrize("n_channels, hum", [(2, 0), (2, 0.1), (6, 0), (32, 0)])
 def test_a_channel_that_the_mix_would_lose(tmp_path, n_channels, hum):
     speech = synthesize("こんにちは") / 2
     waveform = np.zeros((len(speech), n_channels), np.float32)
@@ -271,13 +271,13 @@ def test_a_name_with_what_a_shell_would_trip_over(tmp_path, ffmpeg, extension, c
 
 
 @pytest.mark.parametrize("first, second", [((48_000, 1), (48_000, 2)), ((48_000, 2), (48_000, 6)),
-                                           ((48_000, 2), (32_000, 2)), ((48_000, 6), (32_000, 1))], ids=str)  # fmt: skip
+                                           ((48_000, 2), (32_000, 2)), ((48_000, 6), (32_000, 1))])  # fmt: skip
 @pytest.mark.parametrize("extension", ["ts", "aac"])
 def test_broadcasts_change_their_format_on_the_way(tmp_path, ffmpeg, extension, first, second):
     data, spoken = b"", []
     for text, (rate, n_channels) in (("こんにちは", first), ("さようなら", second)):
-        part = encode(ffmpeg, stereo(synthesize(text, rate), n_channels), rate, tmp_path / f"a.{extension}", "-c:a", "aac")
-        data += part.read_bytes()
+        waveform, path = stereo(synthesize(text, rate), n_channels), tmp_path / f"a.{extension}"
+        data += encode(ffmpeg, waveform, rate, path, "-c:a", "aac").read_bytes()
         spoken.append(synthesize(text, 48_000))
     (tmp_path / f"b.{extension}").write_bytes(data)
     rate, samples, _ = read(tmp_path / f"b.{extension}")
@@ -315,11 +315,11 @@ def test_a_recording_cut_at_three_quarters_is_heard_to_there(tmp_path, ffmpeg, e
 def test_a_recorder_that_was_stopped_before_it_wrote_the_length(tmp_path, ffmpeg, n_bytes, size):
     samples = np.random.default_rng(0).integers(-9999, 9999, n_bytes // 2 + 1).astype("<i2")
     data = samples.tobytes()[: 2 * max(1, n_bytes // 2) + n_bytes % 2]
-    head = b"WAVE%sfmt " + struct.pack("<IHHIIHH", 16, 1, 1, RATE, 2 * RATE, 2, 16) + b"data" + struct.pack("<I", size)
+    wav = b"WAVE%sfmt " + struct.pack("<IHHIIHH", 16, 1, 1, RATE, 2 * RATE, 2, 16) + b"data" + struct.pack("<I", size)
     padding = b"JUNK" + struct.pack("<I", 36) + bytes(36)
     caf = b"caff\0\1\0\0desc" + struct.pack(">qd4s5I", 32, RATE, b"lpcm", 2, 2, 1, 1, 16)
     caf += b"data" + struct.pack(">qI", size if size == 0 else -1, 0)
-    for head in (b"RIFF" + struct.pack("<I", size) + head % b"", b"RIFF" + bytes(4) + head % padding, caf):
+    for head in (b"RIFF" + struct.pack("<I", size) + wav % b"", b"RIFF" + bytes(4) + wav % padding, caf):
         (tmp_path / "a.wav").write_bytes(head + data)
         _, got, _ = read(tmp_path / "a.wav")
         assert np.array_equal(np.round(got * 32768), samples[: max(1, n_bytes // 2)])
