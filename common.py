@@ -523,8 +523,8 @@ def ffmpeg_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int,
     filters = "anull" if re.match(rb"ID3|\xff[\xe0-\xff]|\x0b\x77|OggS", head) else "aresample=async=1"
     if re.match(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3", head, re.DOTALL):
         filters += ":first_pts=0"
-    # file: keeps a name like concat:x from being taken for a protocol. In a transport stream a step of the clock is a gap
-    # up to 60 s, not 10; a longer one means that the clock was set anew.
+    # file: keeps a name like concat:x from being taken for a protocol. In a transport stream a step of the clock is a
+    # gap up to 60 s, not 10; a longer one means that the clock was set anew.
     command = ["ffmpeg", "-nostdin", "-v", "error", "-dts_delta_threshold", "60", "-i", f"file:{path}", "-vn"]
     command += ["-af", filters, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
     rate, n_read = 1, 0

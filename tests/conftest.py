@@ -1,4 +1,5 @@
 """What the tests share: the tiny model, sound files, and the scripts as their users start them."""
+import argparse
 import os
 import subprocess
 import sys
@@ -21,7 +22,6 @@ FAKE_NPU = TESTS / "fake_npu"
 needs_fake = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10), reason="torch before 2.10 has no Python device hook"
 )
-DEFAULTS = {"max_new_tokens": 256, "chunk_length_s": 15, "batch_size": 8}
 
 
 def write(path: Path, waveform: np.ndarray, sampling_rate: int = 16_000, **options) -> str:
@@ -52,23 +52,30 @@ def run(script: str, *arguments: str, environment: dict | None = None, **options
 @pytest.fixture(scope="session")
 def recognizer() -> common.Recognizer:
     """The tiny model on the CPU in float32."""
-    device, _ = common.select_device("cpu")
-    return common.load_model(MODEL, device, common.select_dtype("float32", device))
+    return common.load_model(MODEL, common.select_device("cpu"), torch.float32)
+
+
+def options_of(**changes) -> argparse.Namespace:
+    """The options of inference.py, all but the changed ones at their defaults."""
+    args = inference.parse_arguments(["--audio", ""])
+    vars(args).update(changes)
+    return args
 
 
 @pytest.fixture
 def transcribe(recognizer):
-    """Transcribe files in this process: a list of Transcripts."""
+    """Transcribe files in this process: a list of Recordings."""
 
-    def transcribe(*paths: str, **options) -> list[inference.Transcript]:
-        return list(inference.transcribe(recognizer, paths, **{**DEFAULTS, **options}))
+    def transcribe(*paths: str, on_progress=lambda seconds: None, **options) -> list[inference.Recording]:
+        return list(inference.transcribe(recognizer, paths, options_of(**options), on_progress))
 
     return transcribe
 
 
 @pytest.fixture
-def infer(capsys):
+def infer(capsys, monkeypatch):
     """Run inference.py in this process with the tiny model: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["inference.py"])
 
     def infer(*arguments: str) -> tuple[int, str, str]:
         options = ["--model", MODEL, "--device", "cpu", "--dtype", "float32"]

@@ -1,4 +1,7 @@
 """The text that was spoken comes out, whatever the file, the batch and the length."""
+import json
+from collections import Counter
+
 import common
 import numpy as np
 import pytest
@@ -10,35 +13,20 @@ import inference
 GREETING = "こんにちは、さようなら"
 
 
-def text_of(transcript: inference.Transcript) -> str:
-    assert transcript.error is None
-    return "".join(chunk.text for chunk in transcript.chunks)
+def text_of(recording: inference.Recording) -> str:
+    assert recording.error is None
+    return inference.full_text(recording, "ja")
 
 
-@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
+@pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 96_000])
 def test_sampling_rates(tmp_path, transcribe, rate):
-    [transcript] = transcribe(write(tmp_path / "a.wav", synthesize(GREETING, rate), rate))
-    assert text_of(transcript) == spoken(GREETING)
+    [recording] = transcribe(write(tmp_path / "a.wav", synthesize(GREETING, rate), rate))
+    assert text_of(recording) == spoken(GREETING)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 6, 8])
-def test_channels(tmp_path, transcribe, channels):
-    waveform = np.tile(synthesize(GREETING)[:, None], channels)
-    waveform[:, 1:] *= np.linspace(1, 0.5, channels)[1:]
-    [transcript] = transcribe(write(tmp_path / "a.wav", waveform))
-    assert text_of(transcript) == spoken(GREETING)
-
-
-@pytest.mark.parametrize(
-    "extension, options",
-    [
-        *(("wav", {"subtype": s}) for s in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")),
-        ("wav", {"subtype": "IMA_ADPCM"}), ("wav", {"subtype": "PCM_16", "format": "RF64"}), ("w64", {}), ("aiff", {}),
-        ("au", {}), ("caf", {}), ("flac", {"subtype": "PCM_16"}), ("flac", {"subtype": "PCM_24"}), ("ogg", {}),
-        ("opus", {"format": "OGG", "subtype": "OPUS"}), ("mp3", {}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
-)  # fmt: skip
+@pytest.mark.parametrize("extension, options", [("wav", {"subtype": "PCM_U8"}), ("wav", {"subtype": "ALAW"}),
+    ("wav", {"subtype": "IMA_ADPCM"}), ("wav", {"format": "RF64"}), ("w64", {}), ("aiff", {}), ("au", {}), ("caf", {}),
+    ("flac", {"subtype": "PCM_24"}), ("ogg", {}), ("opus", {"format": "OGG", "subtype": "OPUS"}), ("mp3", {})], ids=str)
 def test_formats(tmp_path, transcribe, extension, options):
     path = write(tmp_path / f"a.{extension}", synthesize(GREETING, 48_000), 48_000, **options)
     assert text_of(transcribe(path)[0]) == spoken(GREETING)
@@ -52,21 +40,21 @@ def test_levels(tmp_path, transcribe, level):
 
 def test_a_third_of_a_second(tmp_path, transcribe):
     path = write(tmp_path / "a.wav", synthesize("か", lead_s=0)[: round(0.3 * 16_000)])
-    [transcript] = transcribe(path)
-    assert (text_of(transcript), transcript.duration) == ("か", 0.3)
+    [recording] = transcribe(path)
+    assert (text_of(recording), recording.duration) == ("か", 0.3)
 
 
-@pytest.mark.parametrize("seconds", [31, 45, 60, 600])
+@pytest.mark.parametrize("seconds", [31, 60, 300])
 def test_long_files_lose_nothing(tmp_path, transcribe, seconds):
     rng = np.random.default_rng(seconds)
     text = random_text(rng, round(seconds / 0.55), pause_every=5)
     waveform = synthesize(text, pause_s=0.8)
     assert len(waveform) > seconds * 16_000
-    [transcript] = transcribe(write(tmp_path / "long.flac", waveform))
-    assert text_of(transcript) == spoken(text)
-    assert transcript.duration == len(waveform) / 16_000
-    edges = [0.0, *(chunk.end for chunk in transcript.chunks)]
-    assert [chunk.start for chunk in transcript.chunks] == edges[:-1] and edges[-1] == transcript.duration
+    [recording] = transcribe(write(tmp_path / "long.flac", waveform))
+    assert text_of(recording) == spoken(text)
+    assert recording.duration == len(waveform) / 16_000
+    edges = [0.0, *(chunk.end for chunk in recording.chunks)]
+    assert [chunk.start for chunk in recording.chunks] == edges[:-1] and edges[-1] == recording.duration
 
 
 @pytest.fixture(scope="module")
@@ -78,26 +66,26 @@ def corpus(tmp_path_factory) -> tuple[list[str], list[str]]:
     return paths, [spoken(text) for text in texts]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 32])
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 32])
 def test_every_batch_size_gives_the_same_text_in_input_order(corpus, transcribe, batch_size):
     paths, texts = corpus
-    transcripts = transcribe(*paths, batch_size=batch_size)
-    assert [transcript.path for transcript in transcripts] == paths
-    assert [text_of(transcript) for transcript in transcripts] == texts
+    recordings = transcribe(*paths, batch_size=batch_size)
+    assert [recording.path for recording in recordings] == paths
+    assert [text_of(recording) for recording in recordings] == texts
 
 
 def test_chunks_of_several_files_fill_one_batch(corpus, recognizer):
-    chunks = inference.read_files(corpus[0], recognizer.extractor, 15)
-    sizes = [sum(features is not None for *_, features in batch) for batch in inference.batches(chunks, 8)]
+    chunks = inference.read_recordings(corpus[0], recognizer.extractor, 15)
+    sizes = [sum(chunk.features is not None for chunk in batch) for batch in inference.batches(chunks, 8)]
     assert sizes[:-1] == [8] * (len(sizes) - 1) and sum(sizes) > len(corpus[0])
 
 
-@pytest.mark.parametrize("chunk_length_s", [4, 10, 30])
+@pytest.mark.parametrize("chunk_length_s", [4, 30])
 def test_chunk_length(corpus, transcribe, chunk_length_s):
-    [transcript] = transcribe(corpus[0][1], chunk_length_s=chunk_length_s)
-    assert max(s.end - s.start for s in transcript.chunks) <= chunk_length_s
+    [recording] = transcribe(corpus[0][1], chunk_length=chunk_length_s)
+    assert max(s.end - s.start for s in recording.chunks) <= chunk_length_s
     if chunk_length_s < 30:  # the tiny model was trained on up to 40 kana in a window
-        assert text_of(transcript) == corpus[1][1]
+        assert text_of(recording) == corpus[1][1]
 
 
 def test_a_bad_file_among_good_ones_fails_alone(tmp_path, corpus, transcribe):
@@ -124,37 +112,87 @@ def test_a_file_too_large_for_the_memory_fails_alone(corpus, transcribe, monkeyp
     assert failed.error == "there is not enough memory to read it" and text_of(good) == texts[1]
 
 
-def test_silence_is_counted_and_not_decoded(tmp_path, recognizer, transcribe):
+RNG = np.random.default_rng(0)
+SECONDS = np.arange(40 * 16_000) / 16_000
+STEADY = {
+    "digital silence": np.zeros(len(SECONDS)),
+    "rounding": RNG.integers(-1, 2, len(SECONDS)) / 32768,
+    "room noise": 10 ** (-54 / 20) * RNG.normal(size=len(SECONDS)),
+    "loud noise": 0.2 * RNG.normal(size=len(SECONDS)),
+    "hum": 0.1 * sum(np.sin(2 * np.pi * 50 * k * SECONDS) / k for k in (1, 2, 3)) + 0.3,
+}
+
+
+@pytest.mark.parametrize("kind", STEADY)
+def test_what_is_steady_is_not_decoded(tmp_path, transcribe, kind, capsys):
+    [recording] = transcribe(write(tmp_path / "a.wav", STEADY[kind], subtype="FLOAT"))
+    assert (text_of(recording), recording.duration) == ("", 40)
+    assert len(recording.chunks) >= 3 and all(chunk.left_out for chunk in recording.chunks)
+    inference.count(recording, Counter())
+    assert capsys.readouterr().err.endswith("a.wav: no speech: nothing in it moves\n")
+
+
+def test_speech_around_silence_and_however_faint_is_decoded(tmp_path, recognizer, transcribe):
     speech, silence = synthesize("こんにちは"), np.zeros(28 * 16_000, np.float32)
     # What the check is for: the model finds words in digital silence.
     features = common.extract_features(recognizer.extractor, silence[: 15 * 16_000])
     assert len(common.generate(recognizer, [features], 20)[0][0]) > 1
-    [transcript] = transcribe(write(tmp_path / "a.wav", np.concatenate([speech, silence, speech])))
-    assert text_of(transcript) == "こんにちはこんにちは"
-    assert (len(transcript.chunks), transcript.silent) == (2, 1)
-    [transcript] = transcribe(write(tmp_path / "b.wav", np.zeros(40 * 16_000)))
-    assert (text_of(transcript), transcript.silent, transcript.duration) == ("", 3, 40)
+    [recording] = transcribe(write(tmp_path / "a.wav", np.concatenate([speech, silence, speech])))
+    assert text_of(recording) == "こんにちはこんにちは"
+    assert [chunk.left_out for chunk in recording.chunks] == [False, True, False]
+    assert not inference.is_steady(10 ** (-54 / 20) * speech + 1e-5 * RNG.normal(size=len(speech)))
+
+
+def test_half_a_second_is_too_short_to_be_steady():
+    assert not inference.is_steady(STEADY["room noise"][:8_000]) and inference.is_steady(STEADY["room noise"][:16_000])
+    assert inference.is_steady(np.zeros(8_000))
+
+
+def test_what_the_model_takes_for_no_speech_is_left_out_and_kept_in_the_json(tmp_path, infer, monkeypatch):
+    path, generate = write(tmp_path / "a.wav", synthesize("こんにちは")), common.generate
+
+    def generate_doubtful(*arguments):
+        token_ids, _, encoded = generate(*arguments)
+        return token_ids, [0.8] * len(token_ids), encoded
+
+    monkeypatch.setattr(common, "generate", generate_doubtful)
+    status, out, err = infer("--audio", path, "-f", "json")
+    content = json.loads(out)
+    assert (status, content["text"], content["segments"]) == (0, "", [])
+    assert content["left_out"] == [{"start": 0.0, "end": 2.1, "text": "こんにちは", "no_speech_prob": 0.8}]
+    said, closing = err.splitlines()
+    assert said.endswith("a.wav: no speech: the model is sure of that (0.80 or more)")
+    assert closing.endswith("; 1 chunk without speech")
+    for kept in ("0.8", "1"):
+        content = json.loads(infer("--audio", path, "-f", "json", "--no-speech-threshold", kept)[1])
+        assert (content["text"], content["left_out"]) == ("こんにちは", [])
 
 
 def test_the_token_limit_is_seen(tmp_path, transcribe):
     path = write(tmp_path / "a.wav", synthesize("こんにちは"))
     for limit, text, cut in [(3, "こんに", True), (5, "こんにちは", True), (6, "こんにちは", False)]:
-        [transcript] = transcribe(path, max_new_tokens=limit)
-        assert [(s.text, s.token_limit) for s in transcript.chunks] == [(text, cut)]
+        [recording] = transcribe(path, max_new_tokens=limit)
+        assert [(s.text, s.token_limit) for s in recording.chunks] == [(text, cut)]
 
 
-def test_a_loop_is_seen_and_kept(tmp_path, transcribe):
-    [transcript] = transcribe(write(tmp_path / "a.wav", synthesize("あ" * 30)))
-    [chunk] = transcript.chunks
-    assert set(chunk.text) == {"あ"} and chunk.looping
-    [transcript] = transcribe(write(tmp_path / "b.wav", synthesize(random_text(np.random.default_rng(0), 25))))
-    assert not transcript.chunks[0].looping
+def test_a_loop_is_seen_and_delivered_once(tmp_path, transcribe):
+    [recording] = transcribe(write(tmp_path / "a.wav", synthesize("いう" + "あ" * 30)))
+    [chunk] = recording.chunks
+    assert chunk.text == "いうあ" and chunk.looping and chunk.compression_ratio > 2.4
+    [recording] = transcribe(write(tmp_path / "b.wav", synthesize(random_text(np.random.default_rng(0), 25))))
+    assert not recording.chunks[0].looping
+
+
+@pytest.mark.parametrize("ids, kept", [("abcabcabc", "abc"), ("xyabcabcabcab", "xyabc"), ("xaaa", "xa"), ("aa", "aa"),
+    ("abab", "abab"), ("xabcab", "xabcab"), ("", ""), ("aaaaab", "aaaaab"), ("abaabaabaaba", "aba")])  # fmt: skip
+def test_the_first_turn_of_a_loop(ids, kept):
+    assert "".join(inference.without_loop(list(ids))) == kept
 
 
 def test_progress_counts_every_second_once(corpus, transcribe):
     seconds = []
-    transcripts = transcribe(*corpus[0], on_progress=seconds.append)
-    assert sum(seconds) == pytest.approx(sum(transcript.duration for transcript in transcripts))
+    recordings = transcribe(*corpus[0], on_progress=seconds.append)
+    assert sum(seconds) == pytest.approx(sum(recording.duration for recording in recordings))
 
 
 def test_reading_runs_ahead_in_another_thread():
