@@ -1,8 +1,14 @@
 """What the tests share: the tiny model, sound files, and the scripts as their users start them."""
 import argparse
+import atexit
+import functools
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs a process on each core
@@ -22,6 +28,9 @@ FAKE_NPU = TESTS / "fake_npu"
 needs_fake = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10), reason="torch before 2.10 has no Python device hook"
 )
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+TIMEOUT_S = 300
+READ_AT_START = ("LD_", "LC_", "LANG", "PYTHONWARNINGS", "OMP_", "HF_", "NUMBA_")  # by Python or a package
 
 
 def write(path: Path, waveform: np.ndarray, sampling_rate: int = 16_000, **options) -> str:
@@ -33,20 +42,64 @@ def write(path: Path, waveform: np.ndarray, sampling_rate: int = 16_000, **optio
     return str(path)
 
 
+def command(script: str, *arguments: str) -> list[str]:
+    """What Python is told: a script of the program, or -c and code, and the arguments."""
+    return [script if script == "-c" else str(ROOT / script), *map(str, arguments)]
+
+
 def start(script: str, *arguments: str, environment: dict | None = None, **options) -> subprocess.Popen:
-    """Start a script as a user does, with the tiny model on the hub's place and no network."""
+    """Start a script as a user does, without a network."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *map(str, arguments)], text=True, encoding="utf-8",
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
+        [sys.executable, *command(script, *arguments)], text=True, encoding="utf-8",
+        env={**os.environ, **OFFLINE, **(environment or {})},
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )  # fmt: skip
 
 
-def run(script: str, *arguments: str, environment: dict | None = None, **options) -> subprocess.CompletedProcess:
-    """Run a script to its end."""
-    process = start(script, *arguments, environment=environment, **options)
-    out, err = process.communicate(timeout=300)
+def run_process(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run a script to its end as a user does."""
+    with start(script, *arguments, **options) as process:
+        out, err = process.communicate(timeout=TIMEOUT_S)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@functools.cache
+def fork_server() -> socket.socket:
+    """The connection to this process's own fork_server.py, which ends when that is closed."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        server = subprocess.Popen(
+            [sys.executable, str(TESTS / "fork_server.py"), str(theirs.fileno())], pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, **OFFLINE},
+        )  # fmt: skip
+    atexit.register(server.wait)  # after the next, which ends it
+    atexit.register(ours.close)
+    ours.settimeout(TIMEOUT_S)
+    return ours
+
+
+def run(script: str, *arguments: str, environment: dict | None = None, stdout=None) -> subprocess.CompletedProcess:
+    """What run_process gives for a script, or for -c and Python code, without the 4 s that its imports take.
+
+    stdout is a file or a descriptor, of which nothing comes back.
+    """
+    if any(name.startswith(READ_AT_START) for name in environment or {}):
+        return run_process(script, *arguments, environment=environment, stdout=stdout or subprocess.PIPE)
+    argv = command(script, *arguments)
+    request = {"argv": argv, "cwd": os.getcwd(), "environment": {**os.environ, **OFFLINE, **(environment or {})}}
+    connection = fork_server()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        outputs = [file if isinstance(file, int) else file.fileno() for file in (stdout or out, err)]
+        socket.send_fds(connection, [json.dumps(request).encode()], outputs)
+        pid = int(connection.recv(99))
+        try:
+            status = int(connection.recv(99))
+        except TimeoutError:
+            os.kill(pid, signal.SIGKILL)
+            connection.recv(99)
+            raise
+        out.seek(0), err.seek(0)
+        return subprocess.CompletedProcess(argv, status, out.read().decode(), err.read().decode())
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,11 @@ import platform
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, run, write
+from conftest import FAKE_NPU, MODEL, ROOT, TESTS, needs_fake, run, run_process, write
 from tone_speech import random_text, spoken, synthesize
 
 
@@ -18,10 +17,20 @@ def hello(tmp_path_factory) -> str:
     return write(tmp_path_factory.mktemp("audio") / "hello.wav", synthesize("こんにちは"))
 
 
-def infer(*arguments: str, path: str = str(FAKE_NPU), **environment: str) -> subprocess.CompletedProcess:
+def infer(*arguments: str, run=run, path: str = str(FAKE_NPU), **environment: str) -> subprocess.CompletedProcess:
     """Run inference.py with the simulated torch_npu importable."""
     environment = {"PYTHONPATH": path, **environment}
     return run("inference.py", "--model", MODEL, *arguments, environment=environment)
+
+
+@needs_fake
+@pytest.mark.parametrize("options", [[], ["--device", "npu", "-f", "srt"], ["--device", "cpu"]], ids=str)
+def test_a_fork_does_what_a_process_does(hello, options):
+    """For all tests here that start no process: also what they need not have, such as no warning."""
+    fork, process = (infer("--audio", hello, *options, run=run) for run in (run, run_process))
+    assert (fork.returncode, fork.stdout) == (process.returncode, process.stdout)
+    without_times = re.compile(r"[\d.]+ times|[\d.]+ s")
+    assert without_times.sub("", fork.stderr) == without_times.sub("", process.stderr)
 
 
 @needs_fake
@@ -123,9 +132,9 @@ def test_an_error_that_shows_when_memory_is_freed_ends_the_run(three):
         torch.npu.empty_cache = empty_cache
         sys.exit(inference.main(sys.argv[1:]))
     """
-    environment = {**os.environ, "PYTHONPATH": f"{FAKE_NPU}:{ROOT}", "FAKE_NPU_BYTES": str(2 * 128 * 3000 * 2 + 100)}
-    command = [sys.executable, "-c", code, "--model", MODEL, "--device", "npu", "--audio", *three]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = {"PYTHONPATH": f"{FAKE_NPU}:{ROOT}", "FAKE_NPU_BYTES": str(2 * 128 * 3000 * 2 + 100)}
+    options = ["--model", MODEL, "--device", "npu", "--audio", *three]
+    result = run("-c", code, *options, environment=environment)
     assert (result.returncode, result.stdout) == (2, "") and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("inference.py: error: npu:0 failed: The Inner error")
 
@@ -183,8 +192,8 @@ def test_the_npu_computes_the_gelu_of_the_cpu():
                 states.append(common.encode(recognizer.model, features.to(where)).cpu())
         assert torch.equal(*states)
     """
-    environment = {**os.environ, "PYTHONPATH": f"{FAKE_NPU}:{ROOT}"}
-    subprocess.run([sys.executable, "-c", code, MODEL], env=environment, check=True)
+    result = run("-c", code, MODEL, environment={"PYTHONPATH": f"{FAKE_NPU}:{ROOT}"})
+    assert result.returncode == 0, result.stderr
 
 
 @needs_fake
@@ -203,8 +212,8 @@ def test_the_simulated_npu_has_its_source_s_arithmetic():
         torch.ones(3).to("npu", non_blocking=True)
         assert torch_npu.STATS["syncs"] == before + 2
     """
-    environment = {**os.environ, "PYTHONPATH": str(FAKE_NPU), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    result = run("-c", code, environment={"PYTHONPATH": str(FAKE_NPU)})
+    assert result.returncode == 0, result.stderr
 
 
 @needs_fake
@@ -253,15 +262,16 @@ def test_the_simulated_npu_refuses_what_a_real_one_refuses():
         y = x * 2
         assert torch_npu.STATS["pending"] == 1
     """
-    environment = {**os.environ, "PYTHONPATH": str(FAKE_NPU), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    result = run("-c", code, environment={"PYTHONPATH": str(FAKE_NPU)})
+    assert result.returncode == 0, result.stderr
 
 
 @needs_fake
 def test_a_token_takes_at_most_60_launches_and_a_wait_in_8_tokens():
-    command = [sys.executable, "-c", "import decode; decode.count_launches()"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "benchmarks")}
-    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    environment = {"PYTHONPATH": f"{FAKE_NPU}:{TESTS / 'benchmarks'}"}
+    result = run("-c", "import decode; decode.count_launches()", environment=environment)
+    assert result.returncode == 0, result.stderr
+    out = result.stdout
     ours, stock = (re.search(r": ([\d.]+) launches and ([\d.]+) waits", line).groups() for line in out.splitlines())
     assert float(ours[0]) <= 60 and float(ours[1]) <= 1 / 8
     assert float(stock[0]) >= 70 and float(stock[1]) == 2  # the simulated NPU does count
@@ -287,17 +297,17 @@ def real_torch_npu(tmp_path_factory) -> str:
 
 
 def test_the_real_torch_npu_without_cann(hello, real_torch_npu):
-    cpu = infer("--audio", hello, "--device", "cpu", path=real_torch_npu)
+    cpu = infer("--audio", hello, "--device", "cpu", run=run_process, path=real_torch_npu)
     assert (cpu.returncode, cpu.stdout, cpu.stderr.count("\n")) == (0, "こんにちは\n", 1)
-    npu = infer("--audio", hello, "--device", "npu", path=real_torch_npu)
+    npu = infer("--audio", hello, "--device", "npu", run=run_process, path=real_torch_npu)
     assert (npu.returncode, npu.stdout, npu.stderr.count("\n")) == (2, "", 1)
     assert "torch_npu cannot be loaded (lib" in npu.stderr
     assert "source /usr/local/Ascend/cann/set_env.sh (CANN 8.5 and later) or " in npu.stderr
-    default = infer("--audio", hello, path=real_torch_npu)
+    default = infer("--audio", hello, run=run_process, path=real_torch_npu)
     assert (default.returncode, default.stdout) == (0, "こんにちは\n")
     assert "running on the CPU, not on an NPU: torch_npu cannot be loaded" in default.stderr
     quick = ["--model", MODEL, "--device", "cpu", "--warmup", "1", "--runs", "1", "--max-new-tokens", "9"]
-    speed = run("eval_performance.py", *quick, environment={"PYTHONPATH": real_torch_npu})
+    speed = run_process("eval_performance.py", *quick, environment={"PYTHONPATH": real_torch_npu})
     assert (speed.returncode, speed.stderr) == (0, "")
     environment = {"PYTHONPATH": real_torch_npu, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "inference.py"]

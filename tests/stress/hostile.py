@@ -35,13 +35,13 @@ def contents() -> dict[str, tuple[bytes, str | None]]:
     speech = synthesize(TEXT)
     wav, flac, ogg, mp3 = (encode(name, speech) for name in ("WAV", "FLAC", "OGG", "MP3"))
     pcm = wav[44:]
-    no_audio = "not audio that libsndfile reads|no audio in it|damaged|empty"
+    no_audio = "not audio that libsndfile reads|empty"
     boundaries = (0, 1, 4, 8, 12, 16, 20, 22, 24, 28, 32, 34, 36, 40, 44)
     cases = {f"wav-cut-at-{n}.wav": (wav[:n], no_audio) for n in boundaries}
     cases |= {f"flac-cut-at-{n}.flac": (flac[:n], no_audio) for n in (1, 4, 8, 26, 42, 60)}
-    cases["flac-cut-in-the-middle.flac"] = flac[: len(flac) // 2], no_audio
+    cases["flac-cut-in-the-middle.flac"] = flac[: len(flac) // 2], None
     cases |= {f"ogg-cut-at-{n}.ogg": (ogg[:n], no_audio) for n in (4, 27, 28, 58, 200)}
-    cases["ogg-cut-in-the-middle.ogg"] = ogg[: len(ogg) // 2], no_audio
+    cases["ogg-cut-in-the-middle.ogg"] = ogg[: len(ogg) // 2], None
     cases |= {f"mp3-cut-at-{n}.mp3": (mp3[:n], no_audio) for n in (1, 4, 10, 100)}
     cases["mp3-cut-in-the-middle.mp3"] = mp3[: len(mp3) // 2], None
     cases["wav-cut-in-the-middle.wav"] = wav[: len(wav) // 2], None
