@@ -263,17 +263,17 @@ def progress(bar: tqdm, totals: Counter, n_recordings: int) -> Callable[[float],
 
 def count(recording: Recording, totals: Counter) -> None:
     """Add a recording to the totals, and say it where it failed or has no speech."""
-    chunks = recording.chunks
     totals["recordings"] += 1
-    totals["failed"] += recording.error is not None
-    totals["audio_s"] += recording.duration
     totals["warnings"] += len(recording.warnings)
-    for name in ("left_out", "token_limit", "looping"):
-        totals[name] += sum(getattr(chunk, name) for chunk in chunks)
     if recording.error is not None:
+        totals["failed"] += 1
         common.notice(f"error: {recording.path}: {recording.error}")
-    elif all(chunk.left_out for chunk in chunks):
-        probs = [chunk.no_speech_prob for chunk in chunks if chunk.no_speech_prob is not None]
+        return
+    totals["audio_s"] += recording.duration
+    for name in ("left_out", "token_limit", "looping"):
+        totals[name] += sum(getattr(chunk, name) for chunk in recording.chunks)
+    if all(chunk.left_out for chunk in recording.chunks):
+        probs = [chunk.no_speech_prob for chunk in recording.chunks if chunk.no_speech_prob is not None]
         why = f"the model is sure of that ({min(probs):.2f} or more)" if probs else "nothing in it moves"
         common.notice(f"{recording.path}: no speech: {why}")
 
