@@ -1,18 +1,19 @@
 """How fast is it, where does the time go, and what does the device bring over the CPU?
 
-A run takes files through common's stages, one after another, to the text. It is timed as a whole and, in turns, stage
-by stage; inference.py reads the next batch while an NPU decodes one. Synthetic audio is decoded to --max-new-tokens in
-every chunk, because what a model finds in it, and so the work, would differ between devices.
-"""
-# ruff: noqa: E402  (the order of the imports matters)
-import time
+    python3 eval_performance.py                          # 3 s of synthetic audio, on the CPU and on the NPU
+    python3 eval_performance.py --audio meeting.wav      # real speech, to its natural end
+    python3 eval_performance.py --batch-sizes 1,4,8,16   # throughput of full windows against batch size
 
-STARTED_S = time.perf_counter()
+A run is what inference.py does, from the file to the text; the stages are timed one after another beside it, while
+inference.py reads ahead on an NPU. Synthetic audio is decoded to --max-new-tokens in every chunk, because what a model
+finds in it, and so the work, would differ between devices.
+"""
 import argparse
 import contextlib
 import resource
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 import common  # before torch: it sets how that is imported
@@ -20,9 +21,10 @@ import numpy as np
 import soundfile
 import torch
 
-IMPORTS_S = time.perf_counter() - STARTED_S
-PAUSE_S = 0.5  # between the sweeps of synthetic audio: where it is cut
-STAGES = ("read and resample", "features", "copy to the device", "encoder", "decode", "text")
+import inference
+
+PAUSE_S = 0.5  # at the end of each 3 s of synthetic audio: there it is cut
+STAGES = ("read and resample", "features", "copy to the device", "encoder", "decode", "text", "times")
 
 
 # --- Measuring ---
@@ -35,8 +37,9 @@ def clock(device: torch.device) -> float:
 
 
 def synthesize(path: str, duration_s: float) -> str:
-    """Write sweeps with pauses between them, duration_s seconds in all; the path."""
-    pattern = np.pad(common.sweep(), (0, round(PAUSE_S * common.SAMPLING_RATE)))
+    """Write sweeps of 3 s, of which the last PAUSE_S are silent, duration_s seconds in all; the path."""
+    pattern = common.sweep()
+    pattern[-round(PAUSE_S * common.SAMPLING_RATE) :] = 0
     n_left = round(duration_s * common.SAMPLING_RATE)
     with soundfile.SoundFile(path, "w", common.SAMPLING_RATE, 1) as file:
         while n_left > 0:
@@ -45,46 +48,63 @@ def synthesize(path: str, duration_s: float) -> str:
     return path
 
 
-@torch.inference_mode()
-def run_once(
-    recognizer: common.Recognizer, paths: list[str], batch_size: int, max_new_tokens: int, timed: Callable
-) -> tuple[float, int]:
-    """Turn files into text, each stage in the context timed(stage): the seconds of audio, and the number of tokens.
+def run_once(recognizer: common.Recognizer, paths: list[str], args: argparse.Namespace) -> float:
+    """Turn recordings into text, and where args say so into times, as inference.py does: the seconds of audio.
 
-    It holds all chunks in memory. Raises SetupError.
+    Raises SetupError.
     """
-    model, audio_s, n_tokens, chunks = recognizer.model, 0.0, 0, []
+    audio_s = 0.0
+    for recording in inference.transcribe(recognizer, paths, args):
+        if recording.error is not None:
+            raise common.SetupError(f"{recording.path}: {recording.error}")
+        inference.render(recording, args.output_format, "ja")
+        audio_s += recording.duration
+    return audio_s
+
+
+@torch.inference_mode()
+def run_stages(recognizer: common.Recognizer, paths: list[str], args, timed: Callable) -> tuple[int, int]:
+    """The same work, all recordings a stage after the other, each in the context timed(stage): the number of windows
+    that were encoded and of tokens that were decoded."""
+    model, chunks, n_tokens = recognizer.model, [], 0
     with timed("read and resample"):
         for path in paths:
-            try:
-                chunks += common.read_chunks(path, common.CHUNK_LENGTH_S)
-            except common.AudioError as error:
-                raise common.SetupError(f"{path}: {error}") from error
-            audio_s += chunks[-1][1]
+            read = common.read_chunks(path, args.chunk_length, lambda message: None)
+            chunks += [(start, end, waveform) for start, end, waveform in read if not inference.is_steady(waveform)]
     with timed("features"):
-        features = [common.extract_features(recognizer.extractor, chunk) for *_, chunk in chunks if chunk is not None]
-    for first in range(0, len(features), batch_size):
+        features = [common.extract_features(recognizer.extractor, waveform) for *_, waveform in chunks]
+    chunks = [
+        inference.Chunk(None, start, end, loud_frames=inference.find_loud_frames(waveform))
+        for start, end, waveform in chunks
+    ]
+    for first in range(0, len(chunks), args.batch_size):
+        batch = chunks[first : first + args.batch_size]
         with timed("copy to the device"):
-            batch = torch.cat(features[first : first + batch_size]).to(model.device, model.dtype)
+            inputs = torch.cat(features[first : first + args.batch_size]).to(model.device, model.dtype)
         with timed("encoder"):
-            encoded = common.encode(model, batch)
+            encoded = common.encode(model, inputs)
         with timed("decode"):
-            token_ids, _ = common.decode(recognizer, encoded, max_new_tokens)
+            token_ids, no_speech_probs = common.decode(recognizer, encoded, args.max_new_tokens)
         with timed("text"):
-            recognizer.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+            for chunk, ids, prob in zip(batch, token_ids, no_speech_probs, strict=True):
+                inference.set_text(chunk, recognizer.tokenizer, ids, prob, args.no_speech_threshold)
+        if args.times:
+            with timed("times"):
+                weights = inference.cross_attention(recognizer, encoded, [chunk.token_ids for chunk in batch])
+                for chunk, of_chunk in zip(batch, weights, strict=True):
+                    inference.set_times(chunk, recognizer.tokenizer, of_chunk)
         n_tokens += sum(map(len, token_ids))
     if n_tokens == 0:
-        raise common.SetupError("there is nothing to measure: all of the audio is silent")
-    return audio_s, n_tokens
+        raise common.SetupError("there is nothing to measure: in all of the audio nothing moves")
+    return len(chunks), n_tokens
 
 
-def measure(recognizer: common.Recognizer, label: str, paths: list[str], batch_size: int, args) -> dict:
-    """Warm up, then time runs as a whole and stage by stage in turns: what --json has of an input. Raises SetupError.
+def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: argparse.Namespace) -> dict:
+    """Warm up, then time runs as a whole and stage by stage in turns. Raises SetupError.
 
-    Samples are in the order of the runs, without the warm-up; peak_bytes, of the device's memory, is None for a CPU.
+    samples_s are in the order of the runs, without the warm-up; peak_bytes, of the device's memory, is None for a CPU.
     """
     device, samples_s, stages_s = recognizer.model.device, [], {stage: [] for stage in STAGES}
-    work = recognizer, paths, batch_size, args.max_new_tokens
     memory = torch.get_device_module(device) if device.type != "cpu" else None
     if memory:
         memory.reset_peak_memory_stats(device)
@@ -98,80 +118,108 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], batch_s
 
     for _ in range(args.warmup + args.runs):
         started_s = clock(device)
-        audio_s, n_tokens = run_once(*work, contextlib.nullcontext)
+        audio_s = run_once(recognizer, paths, args)
         samples_s.append(clock(device) - started_s)
         for samples in stages_s.values():
             samples.append(0.0)
-        run_once(*work, timed)
-    samples_s, first_s = samples_s[args.warmup :], samples_s[0]
-    stages_s = {stage: samples[args.warmup :] for stage, samples in stages_s.items()}
+        n_windows, n_tokens = run_stages(recognizer, paths, args, timed)
     return {
-        "label": label, "audio_s": audio_s, "n_tokens": n_tokens, "first_s": first_s, "samples_s": samples_s,
-        "median_s": float(np.median(samples_s)), "stages_s": stages_s,
-        "stage_medians_ms": {stage: 1000 * float(np.median(samples)) for stage, samples in stages_s.items()},
+        "label": label, "audio_s": audio_s, "n_windows": n_windows, "n_tokens": n_tokens, "first_s": samples_s[0],
+        "samples_s": samples_s[args.warmup :], "median_s": float(np.median(samples_s[args.warmup :])),
+        "stages_s": {stage: samples[args.warmup :] for stage, samples in stages_s.items()},
+        "stage_medians_s": {stage: float(np.median(samples[args.warmup :])) for stage, samples in stages_s.items()},
         "peak_bytes": memory.max_memory_allocated(device) if memory else None,
     }  # fmt: skip
 
 
-def measure_device(device: torch.device, start_s: float | None, args: argparse.Namespace) -> dict:
-    """Load the model on a device and measure every input on it: what --json has of a device. Raises SetupError."""
-    size = args.batch_size or common.default_batch_size(device)
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations in a second of a product of two matrices, of the size that is computed fastest: what
+    the device can do at best."""
+    best = 0.0
+    for size in (512, 1024, 2048, 4096, 8192):
+        a, b = torch.randn(2, size, size).to(device, dtype)
+        seconds = []
+        for _ in range(3):
+            started_s = clock(device)
+            a @ b
+            seconds.append(clock(device) - started_s)
+        best = max(best, 2 * size**3 / min(seconds))
+        if min(seconds) > 0.05:  # a larger one would take long, and be no faster
+            break
+    return best
+
+
+def encoder_operations(config) -> float:
+    """Floating-point operations of the encoder for a window: convolutions, linears and the products of attention."""
+    n, d = config.max_source_positions, config.d_model
+    convolutions = 2 * 3 * (2 * n * config.num_mel_bins * d + n * d * d)
+    layer = 8 * n * d * d + 4 * n * n * d + 4 * n * d * config.encoder_ffn_dim
+    return convolutions + config.encoder_layers * layer
+
+
+def measure_device(device: torch.device, start_s: float, args: argparse.Namespace) -> dict:
+    """Load the model on a device and measure every input on it. Raises SetupError."""
+    args = argparse.Namespace(**vars(args))
+    args.batch_size = args.batch_size or common.default_batch_size(device)
+    dtype = common.select_dtype(args.dtype, device)
     with common.device_errors(device), tempfile.TemporaryDirectory() as folder:
         started_s = clock(device)
-        dtype = common.select_dtype(args.dtype, device)
         recognizer = common.load_model(args.model, device, dtype)
-        load_s = clock(device) - started_s
-        inputs = [] if args.audio else [("sweep", [synthesize(f"{folder}/sweep.wav", 3)], size)]
+        loaded_in_s = start_s + clock(device) - started_s
         window = synthesize(f"{folder}/window.wav", common.WINDOW_S)
-        inputs += [(f"batch of {n}", [window] * n, n) for n in args.batch_sizes]
-        inputs += [(f"{s:g} s", [synthesize(f"{folder}/{s:g}.wav", s)], size) for s in args.durations]
-        measurements = [measure(recognizer, "audio", args.audio, size, args)] if args.audio else []
-        measurements += [measure(common.endless(recognizer), *given, args) for given in inputs]
-    return {
-        "name": f"{device}, {str(dtype)[6:]}", "environment": common.environment(device), "start_s": start_s,
-        "load_s": load_s, "measurements": measurements,
-    }  # fmt: skip
+        inputs = [(f"batch of {n}", [window] * n, n) for n in args.batch_sizes]
+        inputs += [(f"{s:g} s", [synthesize(f"{folder}/{s:g}.wav", s)], args.batch_size) for s in args.durations]
+        if args.audio:
+            measurements = [measure(recognizer, "recordings", args.audio, args)]
+        else:
+            measurements, inputs = [], [("sweep", [synthesize(f"{folder}/sweep.wav", 3)], args.batch_size), *inputs]
+        for label, paths, args.batch_size in inputs:
+            measurements.append(measure(common.endless(recognizer), label, paths, args))
+        return {
+            "name": f"{device}, {common.dtype_name(dtype)}", "environment": common.environment(device),
+            "loaded_in_s": loaded_in_s, "measurements": measurements, "matrix_rate": matrix_rate(device, dtype),
+            "encoder_operations": encoder_operations(recognizer.model.config),
+        }  # fmt: skip
 
 
 # --- Report ---
 
 
-def describe(column: dict, cpu: dict, imports_s: float) -> dict[str, str]:
+def describe(column: dict, cpu: dict) -> dict[str, str]:
     """A column of the table, by the name of the row: the first input in detail, and the throughput of the others."""
     m, *others = column["measurements"]
-    stages_ms, median_s, audio_s, n_tokens = m["stage_medians_ms"], m["median_s"], m["audio_s"], m["n_tokens"]
+    stages_s, median_s, audio_s, n_tokens = m["stage_medians_s"], m["median_s"], m["audio_s"], m["n_tokens"]
     cpu_s, n_cpu_tokens = cpu["measurements"][0]["median_s"], cpu["measurements"][0]["n_tokens"]
-    speed_up, void = f"{cpu_s:.3f} / {median_s:.3f} = {cpu_s / median_s:.2f}", f"void: {n_tokens} tokens, not "
-    sum_ms, host_ms = sum(stages_ms.values()), stages_ms["read and resample"] + stages_ms["features"]
+    speed_up = f"{cpu_s:.3f} / {median_s:.3f} = {cpu_s / median_s:.2f}"
+    if n_tokens != n_cpu_tokens:
+        speed_up = f"void: {n_tokens} tokens, not {n_cpu_tokens}"
     rows = {
-        "imports (s)": f"{imports_s:.2f}",
-        "start of the device (s)": "" if column["start_s"] is None else f"{column['start_s']:.2f}",
-        "load (s)": f"{column['load_s']:.2f}",
-        "first run, cold (s)": f"{m['first_s']:.3f}",
-        "steady state, median (s)": f"{median_s:.3f}",
-        "  90th percentile (s)": f"{np.percentile(m['samples_s'], 90):.3f}",
-        "  minimum (s)": f"{min(m['samples_s']):.3f}",
-        "RTF, steady state": f"{median_s:.3f} / {audio_s:.1f} = {median_s / audio_s:.4f}",
+        "time, median (s)": f"{median_s:.3f}",
+        "speed-up over the CPU": "" if column is cpu else speed_up,
+        "RTF": f"{median_s:.3f} / {audio_s:.1f} = {median_s / audio_s:.4f}",
         "tokens": f"{n_tokens}",
-        "speed-up over the CPU": speed_up if n_tokens == n_cpu_tokens else f"{void}{n_cpu_tokens}",
+        "time, 90th percentile (s)": f"{np.percentile(m['samples_s'], 90):.3f}",
+        "time, minimum (s)": f"{min(m['samples_s']):.3f}",
+        "first run, cold (s)": f"{m['first_s']:.3f}",
+        "loaded in (s)": f"{column['loaded_in_s']:.1f}",
     }
-    rows |= {f"{stage} (ms)": f"{stage_ms:.1f}" for stage, stage_ms in stages_ms.items()}
-    rows["decode (ms)"] += f", {stages_ms['decode'] / n_tokens:.2f} a token"
-    rows |= {
-        "sum of the stages (ms)": f"{sum_ms:.1f}, {sum_ms / median_s / 10:.1f} % of a run",
-        "the host alone can feed": f"{1000 * audio_s / host_ms:.0f} times real time",
-        "peak memory of the device (MB)": "" if m["peak_bytes"] is None else f"{m['peak_bytes'] / 1e6:.0f}",
-    }
+    rows |= {f"{stage} (ms)": f"{1000 * seconds:.1f}" for stage, seconds in stages_s.items() if seconds}
+    rows["decode (ms)"] += f", {1000 * stages_s['decode'] / n_tokens:.2f} a token"
+    sum_s = sum(stages_s.values())
+    rows["sum of the stages (ms)"] = f"{1000 * sum_s:.1f}, {100 * sum_s / median_s:.0f} % of the time"
+    rate, best = m["n_windows"] * column["encoder_operations"] / stages_s["encoder"], column["matrix_rate"]
+    rows["encoder (GFLOP/s)"] = f"{rate / 1e9:.0f}, {rate / best:.2f} of the {best / 1e9:.0f} of a matrix product"
+    rows["peak memory (MB)"] = f"{m['peak_bytes'] / 1e6:.0f}" if m["peak_bytes"] else ""
     for other in others:
         audio_s, median_s = other["audio_s"], other["median_s"]
-        rows[f"RTFx, {other['label']}"] = f"{audio_s:.1f} / {median_s:.3f} = {audio_s / median_s:.2f}"
+        rows[f"times real time, {other['label']}"] = f"{audio_s:.1f} / {median_s:.3f} = {audio_s / median_s:.2f}"
     return rows
 
 
 def format_report(report: dict, args: argparse.Namespace) -> str:
     """The report for a person: a Markdown table with a column for each device, and what the figures depend on."""
     columns, first = report["columns"], report["columns"][0]["measurements"][0]
-    details = [describe(column, columns[0], report["imports_s"]) for column in columns]
+    details = [describe(column, columns[0]) for column in columns]
     title = f"{first['label']}, {first['audio_s']:.1f} s, {args.runs} runs after {args.warmup}"
     rows = [[title, *(column["name"] for column in columns)]]
     rows += [[name, *cells] for name in details[0] if any(cells := [detail[name] for detail in details])]
@@ -190,7 +238,7 @@ def format_report(report: dict, args: argparse.Namespace) -> str:
 
 
 def numbers(kind: type, high: float) -> Callable[[str], list]:
-    """An argparse type: numbers from 1 to high, with commas between them."""
+    """A type for argparse: numbers from 1 to high, with commas between them."""
     parse = common.number(kind, 1, high)
     return lambda text: [parse(part) for part in text.split(",")]
 
@@ -206,44 +254,43 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     common.add_model_options(add)
     add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=128, metavar="N",
         help=f"of a chunk, up to {common.MAX_NEW_TOKENS}; synthetic audio gets all (default: %(default)s)")  # fmt: skip
+    add("--times", action="store_true", help="compute times too, as inference.py does for subtitles and JSON")
     add("--batch-size", type=count, metavar="N", help="chunks decoded together (default: 16, on a CPU 8)")
     add("--batch-sizes", type=numbers(int, 1024), default=[], metavar="N,N...", help="also batches of N full windows")
     add("--durations", type=numbers(float, 36_000), default=[], metavar="S,S...", help="also sweeps of S seconds")
     add("--warmup", type=count, default=2, metavar="N",
         help="runs before those that count; the first is the cold one (default: %(default)s)")  # fmt: skip
     add("--runs", type=count, default=10, metavar="N", help="runs that count (default: %(default)s)")
-    add("--json", metavar="FILE", help="write everything measured there, with every sample")
+    add("--json", action="store_true", help="print everything measured, with every sample, as JSON in place of a table")
+    parser.set_defaults(chunk_length=common.CHUNK_LENGTH_S, no_speech_threshold=inference.NO_SPEECH_THRESHOLD)
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the arguments say; the exit status. Raises SetupError."""
-    if args.json:
-        common.check_report(args.json, args.audio)
+    args.output_format = "json" if args.times else "txt"
     started_s = time.perf_counter()
-    device, warning = common.select_device(args.device)
-    selected_s = time.perf_counter()
-    if warning:
-        common.notice(f"eval_performance.py: warning: {warning}")
-    common.import_transformers()
-    imports_s = IMPORTS_S + time.perf_counter() - selected_s
-    columns = [measure_device(torch.device("cpu"), None, args)]
+    device = common.select_device(args.device)
+    start_s = time.perf_counter() - started_s
+    import transformers  # here, after the device is chosen: seconds that each device's loading would have
+
+    transformers.WhisperForConditionalGeneration  # noqa: B018  (imported when it is used)
+    import_s = time.perf_counter() - started_s - start_s
+    columns = [measure_device(torch.device("cpu"), import_s, args)]
     if device.type != "cpu":
-        columns.append(measure_device(device, selected_s - started_s, args))
+        columns.append(measure_device(device, import_s + start_s, args))
     counts = [[m["n_tokens"] for m in column["measurements"]] for column in columns]
     report = {
-        "model": args.model, "comparable": counts[0] == counts[-1], "imports_s": imports_s,
-        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "columns": columns,
+        "model": args.model, "comparable": counts[0] == counts[-1], "columns": columns,
+        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }  # fmt: skip
-    common.write_stdout(format_report(report, args))
-    if args.json:
-        common.write_report(args.json, report)
+    common.write_stdout(common.report_json(report) if args.json else format_report(report, args))
     return 0 if report["comparable"] else 1
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
-    return common.run_script("eval_performance.py", run, parse_arguments(argv))
+    return common.run_script(run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -510,7 +510,7 @@ def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: in
 
     Where the device is out of memory the batch is halved. Raises DeviceError.
     """
-    device, n_done = recognizer.model.device, 0
+    device, n_done, before = recognizer.model.device, 0, batch_size
     while n_done < len(chunks):
         batch = chunks[n_done : n_done + batch_size]
         try:
@@ -529,12 +529,13 @@ def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: in
         except common.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-        common.notice(f"warning: {device} is out of memory in batches of {len(batch)}: --batch-size {len(batch) // 2} "
-                      "from here on")  # fmt: skip
         batch_size = len(batch) // 2
         if device.type != "cpu":
             with common.device_errors(device):
                 torch.get_device_module(device).empty_cache()  # here, where no error holds the tensors
+    if batch_size < before:
+        said = f"{device} is out of memory in batches of {before}: --batch-size {batch_size} from here on"
+        common.notice(f"warning: {said}")
     for chunk in chunks:
         chunk.features = None
     return batch_size

@@ -38,7 +38,7 @@ def test_a_fork_does_what_a_process_does(hello, options):
 def test_the_npu_transcribes_in_float16(hello, options):
     result = infer("--audio", hello, *options)
     assert (result.returncode, result.stdout) == (0, "こんにちは\n")
-    assert "on npu:0 in float16;" in result.stderr and result.stderr.count("\n") == 1
+    assert "on npu:0 in float16, loaded in" in result.stderr and result.stderr.count("\n") == 1
 
 
 @needs_fake
@@ -118,13 +118,14 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path, kind):
     assert (result.returncode, result.stdout.replace("\n", "")) == (0, spoken(text))
     warning, closing = result.stderr.splitlines()
     assert re.search("warning: npu:0 is out of memory in batches of 16: --batch-size [12] from here on$", warning)
-    assert "1 file, 0 failed" in closing
+    assert "1 recording, " in closing
 
 
 @needs_fake
 def test_an_error_that_shows_when_memory_is_freed_ends_the_run(three):
     code = """if True:
         import sys, common, inference
+        sys.argv[0] = "inference.py"
         common.select_device("npu")
         import torch
         def empty_cache():
@@ -144,7 +145,7 @@ def test_where_no_chunk_fits_the_run_ends(three):
     result = infer("--audio", *three, "--device", "npu", FAKE_NPU_BYTES="700000")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.count(".wav: npu:0 failed: NPU out of memory.") == 3
-    assert "files not reached: 0" in result.stderr.splitlines()[-1]
+    assert "recordings not reached: 0" in result.stderr.splitlines()[-1]
 
 
 @needs_fake
@@ -158,8 +159,8 @@ def test_a_device_that_fails_ends_the_run(three, fault, n_products):
     assert result.returncode == 2 and result.stdout == f"{three[0]}\tあさ\n" * n_done
     failed, closing, error = result.stderr.splitlines()
     assert f"{three[n_done]}: npu:0 failed: NPU function error: aclrtSynchronizeStream, error code is 507018" in failed
-    assert f"{n_done + 1} file" in closing and "1 failed" in closing
-    assert "error: npu:0 failed: " in error and f"files not reached: {2 - n_done} (--output-dir and" in error
+    assert f"{n_done + 1} recording" in closing and ", 1 failed, " in closing
+    assert "error: npu:0 failed: " in error and f"recordings not reached: {2 - n_done} (--output-dir and" in error
 
 
 @needs_fake
@@ -169,7 +170,7 @@ def test_what_comes_back_after_an_asynchronous_failure_is_no_text(three):
     result = infer("--audio", *three, *options, FAKE_NPU_FAULT="async", FAKE_NPU_AFTER="200")
     assert (result.returncode, result.stdout) == (2, f"{three[0]}\tあさ\n")
     assert f"error: {three[1]}: npu:0 failed: The Inner error is reported as above." in result.stderr
-    assert "files not reached: 1" in result.stderr.splitlines()[-1]
+    assert "recordings not reached: 1" in result.stderr.splitlines()[-1]
 
 
 @needs_fake
@@ -177,7 +178,7 @@ def test_the_npu_computes_the_gelu_of_the_cpu():
     """F.gelu of torch_npu 2.9.0 is the tanh form; the encoder of the model has it in its layers and outside of them."""
     code = """if True:
         import sys, torch, common
-        device, _ = common.select_device("npu")
+        device = common.select_device("npu")
         import torch_npu
         x = torch.linspace(-3, 3, 100)
         ours, own = (f(x.to(device)).cpu() for f in (torch.nn.functional.gelu, torch.ops.aten.gelu.default))
@@ -222,8 +223,8 @@ def test_a_file_that_is_in_the_failed_batch_is_not_delivered(three, tmp_path):
     path = write(tmp_path / "long.flac", synthesize(random_text(np.random.default_rng(5), 300, 6)))
     options = ["--device", "npu", "--batch-size", "2", "--output-dir", tmp_path / "out"]
     result = infer("--audio", three[0], path, three[1], *options, FAKE_NPU_FAULT="stumble", FAKE_NPU_AFTER="900")
-    assert result.returncode == 2 and "2 files, 1 failed" in result.stderr
-    assert result.stderr.count("inference.py: error: ") == 2 and "files not reached: 1" in result.stderr
+    assert result.returncode == 2 and "2 recordings, 1 failed, " in result.stderr
+    assert result.stderr.count("inference.py: error: ") == 2 and "recordings not reached: 1" in result.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["あさ.txt"]
 
 
@@ -235,7 +236,7 @@ def test_half_of_a_batch_that_went_well_is_no_text_where_the_other_fails(three, 
     options = ["--device", "npu", "--batch-size", "4", "--output-dir", tmp_path / "out"]
     path = write(tmp_path / "long.flac", synthesize(random_text(np.random.default_rng(5), 300, 6)))
     result = infer("--audio", path, *options, **environment)
-    assert result.returncode == 2 and "1 file, 1 failed" in result.stderr
+    assert result.returncode == 2 and "1 recording, 1 failed, " in result.stderr
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -314,4 +315,4 @@ def test_the_real_torch_npu_without_cann(hello, real_torch_npu):
     command += ["--audio", hello, "--model", MODEL, "--device", "cpu", "-o", os.path.dirname(hello)]
     several = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
                              capture_output=True, text=True)  # fmt: skip
-    assert several.returncode == 0 and "1 file, 0 failed" in several.stderr
+    assert several.returncode == 0 and "1 recording, " in several.stderr

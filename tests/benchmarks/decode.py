@@ -63,13 +63,13 @@ def count_launches() -> None:
     """Print what a token costs the host of an NPU."""
     import torch
 
-    device, _ = common.select_device("npu")
+    device = common.select_device("npu")
     import torch_npu
     from transformers.modeling_outputs import BaseModelOutput
 
     recognizer = common.load_model(str(TESTS / "tiny_whisper"), device, torch.float16)
     model, end = recognizer.model, recognizer.tokenizer.eos_token_id
-    recognizer.bias[:, end] = -float("inf")
+    recognizer.token_mask[:, end] = -float("inf")
     model.generation_config.suppress_tokens = [*range(87), end]  # 88, as OpenAI's models have
     features = common.extract_features(recognizer.extractor, common.sweep()).to(device, torch.float16)
 
