@@ -1,0 +1,81 @@
+"""A real model, OpenAI's Whisper base, on real Japanese: what the tiny model and its tones cannot show."""
+import difflib
+import json
+import statistics
+
+import common
+import pytest
+import torch
+from conftest import TESTS, run
+
+REAL = TESTS / "real_whisper"
+MODEL, TRUTH = REAL / "model", json.loads((REAL / "truth.json").read_text(encoding="utf-8"))
+MEETINGS = ["meeting25.flac", "meeting10.flac"]  # room noise 25 dB and 10 dB below the voices
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="python3 tests/real_whisper/fetch.py brings the model")
+needs_bfloat16 = pytest.mark.skipif(
+    common.select_dtype("auto", CPU) != torch.bfloat16, reason="this CPU does not compute bfloat16 natively"
+)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> dict[str, dict]:
+    """The JSON of each recording, from one run of the program in float32."""
+    folder = tmp_path_factory.mktemp("out")
+    options = ["--model", MODEL, "--device", "cpu", "--dtype", "float32", "-o", folder, "-f", "json"]
+    result = run("inference.py", "--audio", REAL, *options)
+    assert result.returncode == 0, result.stderr
+    return {name: json.loads((folder / name).with_suffix(".json").read_text(encoding="utf-8")) for name in TRUTH}
+
+
+def bare(text: str) -> str:
+    """The letters and digits of a text."""
+    return "".join(filter(str.isalnum, text))
+
+
+def starts(output: dict, sentences: list[dict]) -> list[float | None]:
+    """When the word begins that has the first character of each sentence; None where that was not transcribed."""
+    words = [word for segment in output["segments"] for word in segment["words"]]
+    heard = [(character, word["start"]) for word in words for character in bare(word["word"])]
+    texts = [bare(sentence["text"]) for sentence in sentences]
+    found = [None] * len("".join(texts))
+    matcher = difflib.SequenceMatcher(None, "".join(texts), "".join(character for character, _ in heard), False)
+    for true, ours, n in matcher.get_matching_blocks():
+        found[true : true + n] = [start for _, start in heard[ours : ours + n]]
+    return [found[sum(map(len, texts[:i]))] for i in range(len(texts))]
+
+
+@pytest.mark.parametrize("name", [name for name, truth in TRUTH.items() if "whisper" in truth])
+def test_the_text_is_that_of_openai_whisper(outputs, name):
+    """real_whisper/witness.py wrote what it makes of the same weights."""
+    assert outputs[name]["text"] == TRUTH[name]["whisper"]
+
+
+def test_noise_without_speech_has_no_text(outputs):
+    """Two sentences, then 28 s of room noise at -54 dBFS, of which the model itself makes greetings and thanks."""
+    output, sentences = outputs["noise.flac"], TRUTH["noise.flac"]["sentences"]
+    assert abs(len(bare(output["text"])) - len(bare("".join(s["text"] for s in sentences)))) <= 2, output["text"]
+    assert output["segments"][-1]["end"] <= sentences[-1]["end"] + 0.5
+    assert output["left_out"][-1]["end"] == pytest.approx(output["duration"], abs=0.001)
+
+
+@pytest.mark.parametrize("name", MEETINGS)
+def test_sentences_begin_when_they_are_spoken(outputs, name):
+    sentences = TRUTH[name]["sentences"]
+    found = [(start, s["start"]) for start, s in zip(starts(outputs[name], sentences), sentences, strict=True)]
+    errors = [abs(start - true) for start, true in found if start is not None]
+    assert len(errors) >= 0.7 * len(sentences) and statistics.median(errors) <= 0.1, found
+
+
+@needs_bfloat16
+def test_a_healthy_cpu_passes_in_bfloat16():
+    options = ["--model", MODEL, "--device", "cpu", "--dtype", "bfloat16"]
+    result = run("eval_accuracy.py", *options, "--audio", REAL / "13_numbers.flac")
+    assert result.returncode == 0 and "PASS" in result.stdout, result.stdout + result.stderr
+
+
+def test_the_performance_of_a_recording():
+    options = ["--model", MODEL, "--device", "cpu", "--dtype", "float32", "--warmup", "1", "--runs", "1"]
+    result = run("eval_performance.py", *options, "--audio", REAL / "04_daily.flac")
+    assert result.returncode == 0 and "RTF" in result.stdout, result.stdout + result.stderr
