@@ -58,6 +58,7 @@ def test_noise_without_speech_has_no_text(outputs):
     assert abs(len(bare(output["text"])) - len(bare("".join(s["text"] for s in sentences)))) <= 2, output["text"]
     assert output["segments"][-1]["end"] <= sentences[-1]["end"] + 0.5
     assert output["left_out"][-1]["end"] == pytest.approx(output["duration"], abs=0.001)
+    assert {chunk["no_speech_prob"] for chunk in output["left_out"]} == {None}  # not even decoded: nothing moves
 
 
 @pytest.mark.parametrize("name", MEETINGS)
