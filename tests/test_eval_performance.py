@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, run, write
 from tone_speech import random_text, synthesize
 
@@ -23,18 +24,17 @@ def table(text: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def on_both(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict]:
-    path = tmp_path_factory.mktemp("report") / "report.json"
-    options = ["--batch-sizes", "1,3", "--durations", "3,15,62.5", "--json", path]
-    result = run("eval_performance.py", *QUICK, *options, environment=FAKE)
-    assert (result.returncode, result.stderr) == (0, "")
-    return result, json.loads(path.read_text())
+def on_both() -> tuple[dict[str, list[str]], dict]:
+    """The table and the JSON of two runs."""
+    options = [*QUICK, "--batch-sizes", "1,3", "--durations", "3,15,62.5"]
+    results = [run("eval_performance.py", *options, *json, environment=FAKE) for json in ([], ["--json"])]
+    assert [(result.returncode, result.stderr) for result in results] == [(0, ""), (0, "")]
+    return results[0].stdout, json.loads(results[1].stdout)
 
 
 @needs_fake
 def test_cpu_and_npu_do_equal_work(on_both):
-    result, report = on_both
-    cells = table(result.stdout)
+    cells, report = table(on_both[0]), on_both[1]
     assert cells["sweep, 3.0 s, 2 runs after 1"][0].startswith("cpu, ")
     assert cells["sweep, 3.0 s, 2 runs after 1"][1] == "npu:0, float16"
     assert cells["tokens"] == ["9", "9"] and report["comparable"]
@@ -47,25 +47,44 @@ def test_cpu_and_npu_do_equal_work(on_both):
 
 
 @needs_fake
+def test_the_user_s_figures_come_first(on_both):
+    names = list(table(on_both[0]))
+    assert names[2:6] == ["time, median (s)", "speed-up over the CPU", "RTF", "tokens"]
+
+
+@needs_fake
 def test_the_figures_printed_are_those_of_the_samples(on_both):
-    result, report = on_both
-    cells = table(result.stdout)
+    report, args = on_both[1], eval_performance.parse_arguments(["--runs", "2"])
+    cells = table(eval_performance.format_report(report, args))
     medians = []
     for i, column in enumerate(report["columns"]):
         m = column["measurements"][0]
         medians.append(np.median(m["samples_s"]))
-        assert cells["steady state, median (s)"][i] == f"{medians[i]:.3f}"
-        assert cells["RTF, steady state"][i] == f"{medians[i]:.3f} / 3.0 = {medians[i] / 3:.4f}"
+        assert cells["time, median (s)"][i] == f"{medians[i]:.3f}"
+        assert cells["RTF"][i] == f"{medians[i]:.3f} / 3.0 = {medians[i] / 3:.4f}"
         assert cells["first run, cold (s)"][i] == f"{m['first_s']:.3f}"
-        stages_ms = [1000 * np.median(samples) for samples in m["stages_s"].values()]
-        assert cells["encoder (ms)"][i] == f"{stages_ms[3]:.1f}" and stages_ms[3] > 0
-        total, share = re.fullmatch(r"([\d.]+), ([\d.]+) % of a run", cells["sum of the stages (ms)"][i]).groups()
-        assert float(total) == pytest.approx(sum(stages_ms), abs=0.06)
-        assert float(share) == pytest.approx(sum(stages_ms) / medians[i] / 10, abs=0.06)
+        stages_s = {name: np.median(samples) for name, samples in m["stages_s"].items()}
+        assert cells["encoder (ms)"][i] == f"{1000 * stages_s['encoder']:.1f}" and stages_s["encoder"] > 0
+        total, share = re.fullmatch(r"([\d.]+), ([\d.]+) % of the time", cells["sum of the stages (ms)"][i]).groups()
+        assert float(total) == pytest.approx(1000 * sum(stages_s.values()), abs=0.06)
+        assert float(share) == pytest.approx(100 * sum(stages_s.values()) / medians[i], abs=0.6)
+        rate, share = re.match(r"(\d+), ([\d.]+) of the", cells["encoder (GFLOP/s)"][i]).groups()
+        assert float(rate) == pytest.approx(column["encoder_operations"] / stages_s["encoder"] / 1e9, abs=0.51)
+        assert "times (ms)" not in cells
     speed_up = f"{medians[0]:.3f} / {medians[1]:.3f} = {medians[0] / medians[1]:.2f}"
-    assert cells["speed-up over the CPU"][1] == speed_up
+    assert cells["speed-up over the CPU"] == ["", speed_up]
     batch_s = np.median(report["columns"][0]["measurements"][2]["samples_s"])
-    assert cells["RTFx, batch of 3"][0] == f"90.0 / {batch_s:.3f} = {90 / batch_s:.2f}"
+    assert cells["times real time, batch of 3"][0] == f"90.0 / {batch_s:.3f} = {90 / batch_s:.2f}"
+
+
+def test_the_operations_of_the_encoder_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import WhisperForConditionalGeneration
+
+    model = WhisperForConditionalGeneration.from_pretrained(MODEL, attn_implementation="eager")  # which it can count
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.model.encoder(torch.zeros(1, 128, 3000))
+    assert eval_performance.encoder_operations(model.config) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @needs_fake
@@ -73,7 +92,7 @@ def test_no_work_is_pending_when_the_clock_is_read():
     code = """if True:
         import sys, time, torch
         import common, eval_performance
-        device, _ = common.select_device("npu")
+        device = common.select_device("npu")
         import torch_npu
         import types
         reads = []
@@ -99,7 +118,8 @@ def test_no_work_is_pending_when_the_clock_is_read():
 
 def test_without_an_npu_the_cpu_alone_and_the_reason():
     result = run("eval_performance.py", *QUICK)
-    assert result.returncode == 0 and table(result.stdout)["tokens"] == ["9"]
+    cells = table(result.stdout)
+    assert result.returncode == 0 and cells["tokens"] == ["9"] and "speed-up over the CPU" not in cells
     assert result.stderr.count("\n") == 1 and "not on an NPU: torch_npu is not installed" in result.stderr
 
 
@@ -117,8 +137,8 @@ def test_unequal_numbers_of_tokens_void_the_comparison(tmp_path):
     code = "import sys, common, eval_performance\n" \
         "decode = common.decode\n" \
         "def cut(r, *rest):\n" \
-        "    ids, scores = decode(r, *rest)\n" \
-        "    return ([row[:4] for row in ids] if r.model.device.type == 'npu' else ids), scores\n" \
+        "    ids, probs = decode(r, *rest)\n" \
+        "    return ([row[:4] for row in ids] if r.model.device.type == 'npu' else ids), probs\n" \
         "common.decode = cut\n" \
         "sys.exit(eval_performance.main(sys.argv[1:]))"  # fmt: skip
     result = subprocess.run(
@@ -129,13 +149,14 @@ def test_unequal_numbers_of_tokens_void_the_comparison(tmp_path):
     assert table(result.stdout)["speed-up over the CPU"][1] == "void: 4 tokens, not 6"
 
 
-def test_recordings_end_where_their_text_ends_and_batches_fill(tmp_path):
+def test_recordings_end_where_their_text_ends_and_have_times_where_asked(tmp_path):
     texts = [random_text(np.random.default_rng(i), 60, 6) for i in range(2)]
     paths = [write(tmp_path / f"{i}.flac", synthesize(text, 44_100), 44_100) for i, text in enumerate(texts)]
-    result = run("eval_performance.py", *QUICK, "--max-new-tokens", 64, "--device", "cpu", "--audio", *paths)
+    options = [*QUICK, "--max-new-tokens", 64, "--device", "cpu", "--times", "--audio", *paths]
+    result = run("eval_performance.py", *options)
     cells = table(result.stdout)
-    assert result.returncode == 0 and result.stderr == ""
-    assert int(cells["tokens"][0]) < 2 * 64 * 3 and "RTF, steady state" in cells
+    assert (result.returncode, result.stderr) == (0, "")
+    assert 120 < int(cells["tokens"][0]) < 2 * 64 * 3 and float(cells["times (ms)"][0]) > 0
 
 
 @pytest.mark.parametrize(
@@ -157,9 +178,10 @@ def test_wrong_options(options, words, capsys):
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content, words", [(None, "no such file"), ("silence", "all of the audio is silent"),
-                                            ("text", "not audio")])  # fmt: skip
+@pytest.mark.parametrize("content, words", [(None, "no such file"), ("silence", "in all of the audio nothing moves"),
+                                            ("text", "a.wav: no")])  # fmt: skip
 def test_audio_that_cannot_be_measured(tmp_path, content, words):
+    """With ffmpeg there is "no sound in it", without "not audio"."""
     path = tmp_path / "a.wav"
     if content == "silence":
         write(path, np.zeros(16_000))
@@ -167,9 +189,3 @@ def test_audio_that_cannot_be_measured(tmp_path, content, words):
         path.write_text("こんにちは")
     result = run("eval_performance.py", *QUICK, "--device", "cpu", "--audio", path)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1) and words in result.stderr
-
-
-def test_a_report_that_cannot_be_written(tmp_path):
-    result = run("eval_performance.py", *QUICK, "--device", "cpu", "--json", tmp_path)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert f"error: --json {tmp_path}: not a regular file" in result.stderr

@@ -77,7 +77,7 @@ def starts_of_transformers(recognizer, features: torch.Tensor, n_frames: int) ->
 
 
 def compare(n: int) -> None:
-    device, _ = common.select_device("cpu")
+    device = common.select_device("cpu")
     recognizer = common.load_model(str(TESTS / "tiny_whisper"), device, torch.float32)
     config, model_config = recognizer.model.generation_config, recognizer.model.config
     config.alignment_heads = [
@@ -92,7 +92,7 @@ def compare(n: int) -> None:
         waveform, text, truth = test_subtitles.timed_speech(rng)
         features = common.extract_features(recognizer.extractor, waveform)
         ids, n_frames = recognizer.tokenizer(text, add_special_tokens=False).input_ids, len(waveform) // 160
-        starts = {"inference.py": test_subtitles.align(recognizer, waveform, text).spans[:, 0]}
+        starts = {"inference.py": test_subtitles.align(recognizer, waveform, text).times[:, 0]}
         if theirs is not None:
             starts["openai/whisper"] = starts_of_openai(theirs, recognizer, features, ids, n_frames)
         try:
@@ -116,25 +116,24 @@ def compare(n: int) -> None:
 
 def cost(folder: str, n_tokens: int, runs: int) -> None:
     """The time of one chunk of 15 s with and without times, taking turns."""
-    device, _ = common.select_device("cpu")
-    recognizer = common.load_model(folder, device, common.select_dtype("auto", device))
-    recognizer.bias[:, recognizer.tokenizer.eos_token_id] = -float("inf")
+    device = common.select_device("cpu")
+    recognizer = common.endless(common.load_model(folder, device, common.select_dtype("auto", device)))
     waveform = synthesize(random_text(np.random.default_rng(0), 40))[: 15 * 16_000]
-    features = common.extract_features(recognizer.extractor, waveform)
-    taken = {False: [], True: []}
+    taken = {"txt": [], "json": []}
     for i in range(runs + 1):
-        for timed in taken:
-            chunk = inference.Chunk(0, 15, loud=inference.loud_frames(waveform))
+        for output_format, of_format in taken.items():
+            chunk = test_subtitles.chunk_to_decode(recognizer, waveform)
             started = time.perf_counter()
-            inference.recognize(recognizer, [(inference.Transcript(""), chunk, features)], n_tokens, 1, timed)
+            args = test_subtitles.options_of(output_format=output_format, max_new_tokens=n_tokens)
+            inference.recognize(recognizer, [chunk], 1, args)
             if i:
-                taken[timed].append(time.perf_counter() - started)
+                of_format.append(time.perf_counter() - started)
     without, with_times = (statistics.median(of_kind) for of_kind in taken.values())
     print(f"{recognizer.model.dtype}, {torch.get_num_threads()} threads, {n_tokens} tokens, medians of {runs}: "
           f"{without:.3f} s without times, {with_times:.3f} s with: {with_times / without - 1:+.1%}")  # fmt: skip
     started = time.perf_counter()
     for _ in range(100):
-        inference.loud_frames(waveform)
+        inference.find_loud_frames(waveform)
     print(f"loud frames, which txt computes too: {10 * (time.perf_counter() - started):.2f} ms")
 
 

@@ -28,13 +28,13 @@ def time_steps() -> None:
     """Print the milliseconds of a step and those of reading the weights; the measurements take turns."""
     import torch
 
-    device, _ = common.select_device("cpu")
+    device = common.select_device("cpu")
     import random_model
 
     with tempfile.TemporaryDirectory() as folder:
         random_model.save(Path(folder))
         recognizer = common.load_model(folder, device, common.select_dtype("auto", device))
-    recognizer.bias[:, recognizer.tokenizer.eos_token_id] = -float("inf")
+    recognizer = common.endless(recognizer)
     modules = [*recognizer.model.model.decoder.modules(), recognizer.model.proj_out]
     n_bytes = sum(m.weight.numel() * m.weight.element_size() for m in modules if isinstance(m, torch.nn.Linear))
     memory = torch.zeros(2**27)  # 512 MiB, which no cache holds

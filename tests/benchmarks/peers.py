@@ -93,22 +93,23 @@ def save_openvino(source: Path, folder: Path) -> None:
 def ours(models: Path, dtype: str, chunk_length_s: float):
     import torch
 
-    device, _ = common.select_device("cpu")
-    recognizer = common.load_model(str(models / "transformers"), device, getattr(torch, dtype))
-    recognizer.bias[:, END] = -float("inf")
+    device = common.select_device("cpu")
+    recognizer = common.endless(common.load_model(str(models / "transformers"), device, getattr(torch, dtype)))
     decode, counts = common.decode, []
 
     def counting(*arguments):
-        rows, scores = decode(*arguments)
+        rows, no_speech_probs = decode(*arguments)
         counts.extend(map(len, rows))
-        return rows, scores
+        return rows, no_speech_probs
 
     common.decode = counting
 
     def run(path, chunks, n_tokens):
         counts.clear()
         n_tokens = round(n_tokens * chunk_length_s / 30) if len(chunks) > 1 else n_tokens
-        list(inference.transcribe(recognizer, [path], n_tokens, chunk_length_s, BATCH_SIZE))
+        args = inference.parse_arguments(["--audio", path, "--chunk-length", str(chunk_length_s), "--batch-size",
+                                          str(BATCH_SIZE), "--max-new-tokens", str(n_tokens)])  # fmt: skip
+        list(inference.transcribe(recognizer, [path], args))
         return sum(counts)
 
     return run
@@ -116,7 +117,7 @@ def ours(models: Path, dtype: str, chunk_length_s: float):
 
 def features_of(path, chunks, extractor) -> list:
     """input_features (1, 128, 3000) of each chunk, float32."""
-    waveform = np.concatenate([block for _, block in common.read_blocks(path)])
+    waveform = np.concatenate([block for _, block in common.read_blocks(path, print)])
     rows = [waveform[round(16_000 * start) : round(16_000 * end)] for start, end in chunks]
     return [extractor(row, sampling_rate=16_000, return_tensors="pt").input_features for row in rows]
 
@@ -183,7 +184,7 @@ def whisper_cpp(models: Path):
     model = Model(str(models / "ggml.bin"), n_threads=os.cpu_count(), redirect_whispercpp_logs_to=None)
 
     def run(path, chunks, n_tokens):
-        waveform, made = np.concatenate([block for _, block in common.read_blocks(path)]), 0
+        waveform, made = np.concatenate([block for _, block in common.read_blocks(path, print)]), 0
         for start, end in chunks:
             model.transcribe(
                 waveform[round(16_000 * start) : round(16_000 * end)], language="ja", no_timestamps=True,
