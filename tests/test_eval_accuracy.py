@@ -1,11 +1,10 @@
-"""eval_accuracy.py: its figures, its verdict, the faults that it must catch and the runs that it must not flag."""
-import contextlib
+"""eval_accuracy.py: its figures, its verdict, the faults that it must catch and the devices that it must not flag."""
 import csv
-import io
+import dataclasses
 import json
 import math
 import os
-import shutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +15,13 @@ import pytest
 import random_model
 import seed_faults
 import torch
-from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, run, write
+from conftest import FAKE_NPU, MODEL, ROOT, TESTS, needs_fake, run, write
 from tone_speech import random_text, spoken, synthesize
 
 import eval_accuracy
-import eval_performance
 
 PUBLISHED = ROOT.parent / "shared" / "data" / "kotoba-published"
+REAL = TESTS / "real_whisper" / "model"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +44,13 @@ def evaluate(capsys):
         return status, *capsys.readouterr()
 
     return evaluate
+
+
+@pytest.fixture(scope="module")
+def reference(recognizer) -> eval_accuracy.Reference:
+    """Of こんにちは, with rounding to bfloat16."""
+    features = common.extract_features(recognizer.extractor, synthesize("こんにちは"))
+    return eval_accuracy.Reference(recognizer, features, torch.bfloat16, 20)
 
 
 # --- figures ---
@@ -78,21 +84,45 @@ def test_edit_distance(a, b, distance):
 
 
 def test_compare():
-    reference = np.array([[0, 3, 4], [1, -1, 0]], np.float32)
-    rows = eval_accuracy.compare(reference, reference + np.array([[0, 0, 2], [0, 0, 0]], np.float32))
-    assert rows["max_abs"].tolist() == [2, 0] and rows["relative"].tolist() == [0.5, 0]
-    assert rows["mean_abs"].tolist() == [2 / 3, 0]
-    assert rows["cosine"].tolist() == pytest.approx([(9 + 24) / math.sqrt(25 * 45), 1])
-    assert eval_accuracy.compare_whole(reference, -reference)["relative"] == 8 / 5
+    encoded, logits = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 3.0, 6.0], [1.0, 0.0, -1.0]])
+    reference = eval_accuracy.Computed(encoded, logits)
+    moved = eval_accuracy.compare(reference, eval_accuracy.Computed(2 * encoded, logits + 1))
+    assert list(moved.values()) == pytest.approx([56 / math.sqrt(47 * 71), 1, 1, 1 / 7, 1, 0])  # all logits by one
+    error = torch.tensor([[1.0, -2.0, 1.0], [0.0, 0.0, 0.0]])
+    of_one = eval_accuracy.compare(reference, eval_accuracy.Computed(encoded, logits + error))
+    assert list(of_one.values())[1:] == pytest.approx([2, 4 / 6, 2 / 7, 0, math.sqrt(6 / 20)])
+    assert math.isnan(eval_accuracy.compare(reference, eval_accuracy.Computed(encoded, logits / 0))["logits error"])
 
 
-def test_teacher_forcing_reproduces_greedy_decoding(recognizer):
-    features = common.extract_features(recognizer.extractor, synthesize("こんにちは"))
-    [(tokens, _)] = eval_accuracy.decode_freely(recognizer, eval_accuracy.Clip("", 0), [features], 20)
-    logits = eval_accuracy.forward(recognizer, [features], tokens)["logits"]
-    assert recognizer.tokenizer.decode(tokens, skip_special_tokens=True) == "こんにちは"
-    assert logits.shape == (6, recognizer.model.config.vocab_size)
-    assert (logits[1:] + recognizer.bias[1].numpy()).argmax(1).tolist() == tokens[1:]
+def test_a_figure_is_held_to_what_rounding_makes_or_to_the_least_limit_and_nan_is_a_fault():
+    values = dict.fromkeys(["cosine similarity", *eval_accuracy.LIMITS], 0.02)
+    rounding = {"cosine similarity": 0.9, "relative error": 0.001, "encoder error": 0.0001, "logits error": 0.007}
+    figures = eval_accuracy.limited(values, rounding, "", is_float32=False)
+    assert [figure.limit for figure in figures] == [None, 0.01, 5e-4, pytest.approx(0.021)]
+    assert [figure.is_fault for figure in figures] == [False, True, True, False]
+    assert {figure.limit for figure in eval_accuracy.limited(values, rounding, "", is_float32=True)} == {5e-4}
+    nan = dataclasses.replace(figures[3], value=math.nan)
+    assert nan.is_fault and eval_accuracy.worst([*figures, nan, figures[3]])[3] is nan
+
+
+def test_the_reference_forces_the_tokens_and_knows_what_rounding_makes(reference):
+    token_ids = reference.token_ids
+    assert reference.text(token_ids) == "こんにちは"
+    expected, rounding = reference.computed(token_ids)
+    assert expected.logits.shape == (6, reference.recognizer.model.config.vocab_size)
+    assert (expected.logits + reference.recognizer.token_mask[1])[1:].argmax(1).tolist() == token_ids[1:]
+    device = common.load_model(MODEL, torch.device("cpu"), torch.bfloat16)
+    features = common.extract_features(device.extractor, synthesize("こんにちは"))
+    [(written, computed)] = eval_accuracy.decode(device, [features], features, 20)
+    assert written == token_ids
+    found = eval_accuracy.compare(expected, computed)
+    for name in ("encoder error", "logits error"):  # what a true bfloat16 makes
+        assert found[name] == pytest.approx(rounding[name], rel=0.25)
+    with reference.rounded:
+        rounded = reference.forward(reference.encoded_rounded, token_ids)
+    assert rounding == eval_accuracy.compare(expected, rounded)  # compared without rounding
+    exact = eval_accuracy.Reference(reference.recognizer, features, torch.float32, 20).computed(token_ids)[1]
+    assert exact["encoder error"] == exact["logits error"] == 0
 
 
 def test_the_random_model_has_the_size_of_the_real_one():
@@ -101,269 +131,245 @@ def test_the_random_model_has_the_size_of_the_real_one():
     assert sum(parameter.numel() for parameter in model.parameters()) == 756_405_760
 
 
+def test_a_text_that_leaves_the_references_at_a_tie_is_a_note_and_else_a_fault(reference):
+    ids = reference.token_ids
+    logits = reference.computed(ids)[0].logits
+    other = [*ids[:2], ids[0], *ids[3:]]  # こんこちは
+    margin = float(logits[2, ids[2]] - logits[2, ids[0]])
+
+    def differ(token_ids: list[int], error: float, is_sound: bool) -> eval_accuracy.Clip:
+        clip, got = eval_accuracy.Clip("", 0), logits.clone()
+        got[min(2, len(got) - 1), 5] += error
+        eval_accuracy.note_difference(clip, reference, token_ids, logits, got, is_sound, "alone")
+        return clip
+
+    clip = differ(other, 0.51 * margin, True)
+    assert clip.faults == [] and clip.notes == [
+        f"text differs from token 2 on: 'こ' for 'に', which the reference prefers by {margin:.3g} (alone)"
+    ]
+    assert differ(other, 0.49 * margin, True).faults  # farther than the error there explains
+    assert differ(other, 0.51 * margin, False).faults  # the error itself is beyond a limit
+    assert differ(ids[:3], 100, True).faults  # it breaks off
+    assert differ(ids, 100, True) == eval_accuracy.Clip("", 0)
+
+
 # --- the report ---
 
 
-def test_the_cpu_agrees_with_itself(clips, evaluate, tmp_path):
-    status, out, err = evaluate("--audio", *clips, "--dtype", "float32", "--json", tmp_path / "report.json")
-    assert (status, err) == (0, "")
-    table = dict(line.split("  ", 1) for line in out.splitlines() if not line.startswith("  "))
-    assert {name: value.strip() for name, value in table.items()} | {"candidate": "", "smallest top-1 margin": ""} == {
-        "model": MODEL, "reference": "cpu in float32", "candidate": "", "HF32": "none on this device",
-        "clips, tokens": "2, 22", "text match": "2 of 2", "cosine similarity": "1", "largest absolute error": "0",
-        "mean absolute error": "0", "relative error": "0", "top-1 agreement": "22 of 22", "smallest top-1 margin": "",
-        "verdict": "PASS",
-    }  # fmt: skip
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["verdict"] == "PASS" and report["environment"]["torch"] == torch.__version__
-    assert {"torch_npu", "cann", "transformers", "device_name", "allow_hf32", "threads"} <= set(report["environment"])
-    first = report["clips"][0]
-    assert len(first["tokens"]) == 9 and {len(row) for row in first["per_token"].values()} == {9}
-    described = {name for key in report["formulas"] for name in key.split(", ")}
-    assert {*first["per_token"], *first["overall"]} <= described
+def test_the_users_rows_come_first_and_the_header_says_what_was_not_tested(clips, evaluate):
+    status, out, err = evaluate("--audio", *clips, "--dtype", "float32", "--max-new-tokens", 20)
+    said = [line.split(": ")[1] for line in err.splitlines()]
+    assert (status, said) == (0, ["recording 1 of 2", "recording 2 of 2"])
+    table = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in out.splitlines() if line[0] != " ")
+    assert list(table) == [
+        "model", "reference", "candidate", "clips, tokens", "text match", "cosine similarity", "largest absolute error",
+        "mean absolute error", "relative error", "encoder error", "logits error", "encoder error in float32",
+        "logits error in float32", "verdict",
+    ]  # fmt: skip
+    assert table["candidate"].endswith(" in float32: no NPU was tested")
+    assert (table["clips, tokens"], table["text match"], table["verdict"]) == ("2, 22", "2 of 2", "PASS")
+    where = r"\S+wav, 0.0 to \S+ s, (in a batch|alone|to position 448)"
+    assert re.fullmatch(rf"\S+ +0.01 +0 +{where}", table["relative error"])
+    assert re.fullmatch(r"0 +0.0005 +\S+wav, 0.0 to \S+ s, in float32", table["encoder error in float32"])
 
 
-def test_without_an_npu_the_candidate_is_the_cpu_in_float16(clips):
+def test_json_has_every_figure_with_its_limit_and_the_versions(clips, evaluate):
+    status, out, _ = evaluate("--audio", *clips, "--dtype", "bfloat16", "--json", "--max-new-tokens", 20)
+    report = json.loads(out)
+    assert (status, report["verdict"], report["left_out"]) == (0, "PASS", [])
+    assert {"torch", "torch_npu", "cann", "transformers", "device_name", "threads"} <= set(report["environment"])
+    [first, second] = report["clips"]
+    assert (first["n_tokens"], first["text"], len(first["figures"]), len(second["figures"])) == (
+        9, first["candidate_text"], 2 + 3 * 6, 2 + 2 * 6
+    )  # fmt: skip
+    for figure in first["figures"]:
+        if "cosine" not in figure["name"] and "absolute" not in figure["name"]:
+            assert 0 <= figure["value"] < figure["limit"]
+            assert figure["limit"] == 5e-4 or figure["limit"] >= 2.9 * figure["rounding"]
+    assert len(report["figures"]) == 8
+
+
+def test_a_fail_names_each_clip_and_reason(clips, evaluate, monkeypatch):
+    monkeypatch.setattr(eval_accuracy, "FACTOR", 0.1)
+    status, out, _ = evaluate("--audio", *clips, "--dtype", "bfloat16", "--max-new-tokens", 20)
+    assert status == 1 and re.search(r"^verdict +FAIL: 2 of 2 clips$", out, re.MULTILINE)
+    for path, line in zip(clips, out.splitlines()[-2:], strict=True):
+        assert re.match(rf"FAIL {path}, 0.0 to \S+ s: encoder error \S+ is not below \S+ \(in a batch\); logits ", line)
+
+
+def test_without_an_npu_there_is_no_verdict(clips):
     result = run("eval_accuracy.py", "--model", MODEL, "--audio", clips[0])
     if "npu" in result.stdout:
         pytest.skip("this machine has an NPU")
-    assert result.returncode == 0
-    assert result.stderr.startswith("eval_accuracy.py: warning: running on the CPU, not on an NPU: ")
-    assert result.stderr.count("\n") == 1 and "in float16\n" in result.stdout
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("eval_accuracy.py: error: --device npu: torch_npu ")
 
 
-def test_a_fail_names_each_clip_and_reason(clips, evaluate):
-    status, out, _ = evaluate("--audio", *clips, "--dtype", "bfloat16", "--threshold", "1e-5")
-    assert status == 1 and "verdict                       FAIL: 3 of 3 clips" in out
-    for path, line in zip([clips[0], *clips], out.splitlines()[-3:], strict=True):
-        assert line.startswith(f"FAIL {path}, 0.0 to ") and "is not below 1e-05" in line
-
-
-def test_the_default_is_the_sweep(evaluate):
-    status, out, _ = evaluate("--dtype", "float16")
-    assert status == 0 and "clips, tokens                 1, " in out
-
-
-def test_every_chunk_of_a_long_recording_is_compared(tmp_path, evaluate):
+def test_every_chunk_of_a_long_recording_is_compared_and_the_sweep_without_one(tmp_path, evaluate):
     path = write(tmp_path / "long.wav", synthesize(random_text(np.random.default_rng(0), 80, 5)))
-    _, out, _ = evaluate("--audio", path, "--dtype", "float32")
-    assert "clips, tokens                 4, 84" in out and "verdict                       PASS" in out
+    _, out, err = evaluate("--audio", path, "--dtype", "float32")
+    assert re.search("^clips, tokens +4, 84$", out, re.MULTILINE) and err.count("recording 1 of 1: ") == 4
+    _, out, err = evaluate("--dtype", "float32", "--max-new-tokens", 20)
+    assert re.search("^verdict +PASS$", out, re.MULTILINE) and err.endswith("recording 1 of 1: sweep, 0.0 to 3.0 s\n")
 
 
 def test_character_error_rate_of_a_manifest(tmp_path, evaluate):
     texts = ["こんにちは", random_text(np.random.default_rng(0), 80, 5)]
-    rows = []
-    for i, text in enumerate(texts):
-        write(tmp_path / f"{i}.wav", synthesize(text))
-        rows.append({"audio": f"{i}.wav", "text": spoken(text)})
-    rows[0]["text"] = "こんばんは。"
-    manifest = tmp_path / "test.jsonl"
-    manifest.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    status, out, _ = evaluate("--manifest", manifest, "--dtype", "float32")
+    rows = [{"audio": write(tmp_path / f"{i}.wav", synthesize(text)), "text": spoken(text)}
+            for i, text in enumerate(texts)]  # fmt: skip
+    rows[0] = {"audio": "0.wav", "text": "こんばんは。"}
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "m.jsonl").write_text("\n".join(lines) + "\n\n", "utf-8-sig")
+    status, out, _ = evaluate("--manifest", tmp_path / "m.jsonl", "--dtype", "float32")
     assert status == 0
     for side in ("reference", "candidate"):
-        assert f"CER of the {side}".ljust(30) + f"{100 * 2 / 85:.4f} %" in out
+        assert re.search(f"^CER of the {side} +{100 * 2 / 85:.4f} %$", out, re.MULTILINE)
 
 
-def test_a_damaged_recording_is_left_out_and_counted(tmp_path, evaluate, clips):
-    """Also one that is damaged after chunks that are not: they would be a part of its text."""
-    long = Path(write(tmp_path / "long.flac", synthesize(random_text(np.random.default_rng(0), 100, 5))))
-    long.write_bytes(long.read_bytes()[: long.stat().st_size * 2 // 3])
-    rows = [{"audio": str(path), "text": "あ"} for path in (clips[0], long, clips[1], tmp_path / "absent.wav")]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = tmp_path / "report.json"
-    status, out, err = evaluate("--manifest", tmp_path / "m.jsonl", "--dtype", "float32", "--json", path)
-    assert status == 0 and "verdict                       PASS, on 2 of 4 recordings\n" in out
-    assert "clips, tokens                 2, 22\n" in out
-    damaged, absent = err.splitlines()
-    assert f"error: {long}: damaged after" in damaged and "absent.wav: no such file" in absent
-    assert json.loads(path.read_text())["left_out"] == [str(long), str(tmp_path / "absent.wav")]
-    all_right = tmp_path / "right.jsonl"
-    all_right.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], rows[2])))
-    _, expected, _ = evaluate("--manifest", all_right, "--dtype", "float32")
-    assert [line for line in out.splitlines() if "CER" in line] == [x for x in expected.splitlines() if "CER" in x]
+def test_a_damaged_recording_is_compared_as_far_as_it_goes_and_one_that_cannot_be_read_is_counted(
+    tmp_path, evaluate, clips
+):
+    cut = Path(write(tmp_path / "cut.flac", synthesize(random_text(np.random.default_rng(0), 20, 5))))
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 2 // 3])
+    rows = [{"audio": str(path), "text": "あ"} for path in (clips[0], cut, tmp_path / "absent.wav")]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = "--manifest", tmp_path / "m.jsonl", "--dtype", "float32", "--max-new-tokens", 40
+    status, out, err = evaluate(*arguments, "--json")
+    report = json.loads(out)
+    assert (status, report["verdict"], report["clips, tokens"][0]) == (0, "PASS, on 2 of 3 recordings", "2")
+    assert report["left_out"] == [str(tmp_path / "absent.wav")]
+    lines = err.splitlines()
+    assert f"warning: {cut}: damaged after" in err and len(lines) == 4
+    assert lines[-1].endswith("absent.wav: no such file or folder: left out")
 
 
 def test_after_a_failure_of_the_device_the_rest_is_not_reached_and_counts_nowhere(tmp_path, evaluate, monkeypatch):
     texts = ["こんにちは", "さようなら", "こんばんは"]
     rows = [{"audio": write(tmp_path / f"{i}.wav", synthesize(text)), "text": text} for i, text in enumerate(texts)]
-    rows = [rows[0], rows[1], rows[0], rows[2]]  # one comes again after the failure
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    measure = eval_accuracy.measure_candidate
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    compare, error = eval_accuracy.compare_clip, common.DeviceError("npu:0 failed")
 
-    def fail(recognizer, clip, *rest) -> None:
-        if clip.utterance == 1:
-            raise common.DeviceError("npu:0 failed")
-        measure(recognizer, clip, *rest)
+    def fail(clip, *rest) -> None:
+        if clip.recording == 1:
+            raise error
+        compare(clip, *rest)
 
-    monkeypatch.setattr(eval_accuracy, "measure_candidate", fail)
-    status, out, _ = evaluate("--manifest", tmp_path / "m.jsonl", "--dtype", "float32")
-    assert status == 1 and "verdict                       FAIL: 1 of 3 clips, on 1 of 4 recordings\n" in out
+    monkeypatch.setattr(eval_accuracy, "compare_clip", fail)
+    arguments = "--manifest", tmp_path / "m.jsonl", "--dtype", "float32", "--max-new-tokens", 20
+    status, out, _ = evaluate(*arguments)
+    assert status == 1 and re.search("^verdict +FAIL: 1 of 2 clips, on 1 of 3 recordings$", out, re.MULTILINE)
     assert out.count(" 0.0000 %\n") == 2  # of the one recording that was compared
     assert out.splitlines()[-1].startswith("FAIL " + rows[1]["audio"]) and out.endswith(" s: npu:0 failed\n")
-
-
-@pytest.mark.parametrize("script", ["eval_accuracy.py", "eval_performance.py"])
-def test_a_report_is_refused_at_the_start_where_it_cannot_be_or_must_not(tmp_path, clips, script, monkeypatch):
-    module = {"eval_accuracy.py": eval_accuracy, "eval_performance.py": eval_performance}[script]
-    monkeypatch.setattr(common, "select_device", lambda name: pytest.fail("it went on"))
-    recording = shutil.copy(clips[0], str(tmp_path / "a.wav"))
-    (tmp_path / "link").symlink_to(tmp_path)
-    (tmp_path / "file").touch()
-    before = Path(recording).read_bytes()
-    for report, words in [
-        (recording, "would overwrite"), (tmp_path / "link" / "a.wav", "would overwrite"), (tmp_path, "not a regular"),
-        ("/dev/null", "not a regular file"), (tmp_path / "file" / "x", "there is a file of that name"),
-    ]:  # fmt: skip
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said):
-            assert module.main(["--audio", recording, "--json", str(report)]) == 2
-        assert words in said.getvalue() and said.getvalue().startswith(f"{script}: error: --json")
-    assert Path(recording).read_bytes() == before
-
-
-def test_a_report_over_the_manifest_is_refused(tmp_path, evaluate, clips):
-    manifest = tmp_path / "m.jsonl"
-    manifest.write_text(json.dumps({"audio": clips[0], "text": "あ"}))
-    status, _, err = evaluate("--manifest", manifest, "--json", manifest)
-    assert status == 2 and "would overwrite" in err and json.loads(manifest.read_text())["text"] == "あ"
-
-
-def test_a_tie_is_noted_and_what_is_none_is_a_fault(recognizer):
-    features = common.extract_features(recognizer.extractor, synthesize("こんにちは"))
-    [(tokens, _)] = eval_accuracy.decode_freely(recognizer, eval_accuracy.Clip("", 0), [features], 20)
-    logits = eval_accuracy.forward(recognizer, [features], tokens)["logits"]
-    other = tokens[0]
-    logits[2, other] = logits[2, tokens[2]] + 0.015  # a reference that likes another token better by 0.015
-
-    def compare(error: float, relative: float) -> eval_accuracy.Clip:
-        clip = eval_accuracy.Clip("", 0, tokens=[*tokens[:2], other, *tokens[3:]],
-                                  per_token={"max_abs": [error] * 6, "relative": [relative] * 6})  # fmt: skip
-        eval_accuracy.compare_decoding(recognizer, clip, tokens, logits, 0.01)
-        [said] = clip.notes + clip.faults
-        assert "text differs from token 2 on: 'に' for 'こ', which the reference prefers by 0.015" in said
-        return clip
-
-    assert compare(0.01, 0.001).faults == []
-    assert "a fault" in compare(0.005, 0.001).faults[0]  # too far for rounding
-    assert "a fault" in compare(0.01, 0.02).faults[0]  # the error itself is beyond the threshold
+    error = common.OutOfMemoryError("npu:0 failed: full")
+    status, out, err = evaluate(*arguments)
+    assert (status, out) == (2, "") and err.endswith("error: npu:0 failed: full\n")
 
 
 # --- errors ---
 
 
 def test_what_cannot_be_evaluated_is_status_2(tmp_path, evaluate, clips):
-    silent = write(tmp_path / "silent.wav", np.zeros(16_000))
     (tmp_path / "text.wav").write_text("not audio")
     for name, content in [("bad", "{"), ("keys", '{"audio": "x.wav"}'), ("gone", '{"audio": "x.wav", "text": ""}'),
-                          ("zero", '{"audio": "x\\u0000.wav", "text": ""}'), ("deep", "[" * 100_000),
-                          ("surrogate", '{"audio": "x\\ud800.wav", "text": ""}'),
+                          ("zero", '{"audio": "x\\u0000.wav", "text": ""}'), ("list", "[1, 2]"), ("deep", "[" * 100_000),
                           ("null", '{"audio": "x.wav", "text": "a"}\n{"audio": "y.wav", "text": null}')]:  # fmt: skip
         (tmp_path / name).write_text(content)
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe{")
     for arguments, words in [
         (["--audio", tmp_path / "absent.wav"], "no such file"),
-        (["--audio", tmp_path / "text.wav"], "not audio"),
-        (["--audio", silent], "of 1 recordings 0 cannot be read, and the others are silent"),
+        (["--audio", tmp_path / "text.wav", tmp_path / "absent.wav"], "none of 2 recordings can be read"),
         (["--manifest", os.devnull], "there is no line in it"),
         (["--manifest", tmp_path / "null"], "line 2: not"),
         (["--manifest", tmp_path / "absent.jsonl"], "No such file"),
-        (["--manifest", tmp_path / "bad"], "line 1: not"),
-        (["--manifest", tmp_path / "keys"], "line 1: not"),
-        (["--manifest", tmp_path / "zero"], "line 1: not"),
-        (["--manifest", tmp_path / "surrogate"], "line 1: not"),
-        (["--manifest", tmp_path / "deep"], "line 1: not"),
-        (["--manifest", tmp_path / "gone"], "x.wav: no such file"),
-        (["--audio", clips[0], "--json", tmp_path / "bad" / "x"], "error: --json"),
+        *((["--manifest", tmp_path / name], "line 1: not") for name in ("bad", "keys", "list", "deep", "bytes")),
     ]:
         status, _, err = evaluate("--dtype", "float32", *arguments)
-        assert status == 2 and words in err and err.count("\n") <= 2 and "Traceback" not in err, err
+        assert status == 2 and words in err and err.count("\n") <= 3 and "Traceback" not in err, err
     status, _, err = evaluate("--audio", "a", "--manifest", "b")
     assert status == 2 and "not allowed with" in err
-    status, _, err = evaluate("--threshold", "2")
-    assert status == 2 and "'2' is not a number from 0 to 1" in err
 
 
 def test_stdout_that_cannot_be_written(clips):
-    arguments = ["--model", MODEL, "--device", "cpu", "--dtype", "float32", "--audio", clips[0]]
+    arguments = ["--model", MODEL, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 5, "--audio", clips[0]]
     with open("/dev/full", "w") as full:
         result = run("eval_accuracy.py", *arguments, stdout=full)
-    assert (result.returncode, result.stderr) == (
-        2, "eval_accuracy.py: error: cannot write to stdout: No space left on device\n"
-    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.endswith("\neval_accuracy.py: error: cannot write to stdout: No space left on device\n")
     reader, writer = os.pipe()
     os.close(reader)  # as head does when it has seen enough
     result = run("eval_accuracy.py", *arguments, stdout=writer)
     os.close(writer)
-    assert (result.returncode, result.stderr) == (141, "")
+    assert (result.returncode, result.stderr.count("\n")) == (141, 1)
 
 
 # --- faults, on the simulated NPU ---
 
-# What must be named for each fault, and no other name would do.
+# What must be named for each fault, and no other name would do. The last three show on real weights alone.
 CAUGHT = {
-    "wrong_weight": "relative ",
-    "head_zeroed": "text differs",
-    "head_wrong_in_the_last_layer": "relative ",
-    "bias_dropped": "relative ",
-    "layer_norm_epsilon": "relative ",
-    "layer_norm_epsilon_small": "float32_relative ",  # in float16 it hides behind rounding
-    "float16_noise": "relative ",
-    "nan_in_one_logit": "npu:0 computes NaN or infinity in float16",
-    "encoder_off_by_one_frame": "encoder ",  # the decoder does not mind the order of the frames
-    "cache_off_by_one": "cache ",
-    "cache_wrong_beyond_256": "cache in float32 ",
-    "wrong_suppress_list": "the candidate suppresses other tokens",
-    "rows_swapped": "repeat ",
-    "even_rows_wrong": "repeat ",
-    "nan_in_batches": "NaN or infinite values",
-    "wrong_in_batches_of_16": "cache ",
-    "second_window_wrong": "repeat ",
-    "stale_results": "npu:0 gives 2 rows for a batch of 1",
+    "wrong_weight": "logits error in float32 ",
+    "head_zeroed": "logits error in float32 ",
+    "head_wrong_in_the_last_layer": "logits error in float32 ",
+    "bias_dropped": "encoder error in float32 ",
+    "layer_norm_epsilon": "logits error in float32 ",
+    "float16_noise": r"logits error .*\(alone\)",
+    "nan_in_one_logit": "npu:0 computes NaN or infinity in float32",
+    "nan_in_batches": "npu:0 computes NaN or infinity in float16",
+    "encoder_off_by_one_frame": "encoder error in float32 ",  # the decoder does not mind the order of the frames
+    "cache_off_by_one": "logits error in float32 ",
+    "cache_wrong_beyond_256": r"logits error .*\(to position 448\)",
+    "wrong_suppress_list": "the device suppresses other tokens",
+    "rows_swapped": r"encoder error .*\(in a batch\)",
+    "even_rows_wrong": r"encoder error .*\(in a batch\)",
+    "wrong_in_batches_of_16": r"encoder error .*\(in a batch\)",
+    "second_window_wrong": r"logits error .*\(alone\)",
+    "stale_results": "npu:0 gives 4 rows for a batch of 1",
     "stale_after_an_error": "npu:0 failed: The Inner error is reported as above.",
-    "stale_without_an_error": "text differs",
+    "stale_without_an_error": "encoder error in float32 ",
+    "layer_norm_epsilon_small": "logits error in float32 ",
+    "tanh_gelu_of_the_device": r"logits error in float32 .*\(GELU in its tanh form makes as much\)",
+    "hf32_that_stays_on": r"encoder error in float32 .*\(HF32 makes as much\)",
 }
+ON_REAL_WEIGHTS = list(CAUGHT)[-3:]
 
 
-@pytest.fixture(scope="module")
-def seeded(clips) -> dict[tuple[str, str], dict]:
-    """What two processes, of a thread each, make of the faults and of the healthy devices."""
-    names = [f if isinstance(f, str) else f.__name__ for f in (*seed_faults.FAULTS, *seed_faults.HEALTHY)]
-    short = [name for name in names if name not in ("nothing", "cache_wrong_beyond_256", "reordered_reductions")]
-    command = [sys.executable, "tests/stress/seed_faults.py", "--model", MODEL, "--audio", clips[1], "--only"]
+def seed(arguments: list[str], names: list[str]) -> dict[tuple[str, str], dict]:
+    """What two processes, of a thread each, make of these faults and healthy devices."""
+    command = [sys.executable, "tests/stress/seed_faults.py", "--short", "--max-new-tokens", "20", *arguments, "--only"]
     environment = {**os.environ, "PYTHONPATH": str(FAKE_NPU), "OMP_NUM_THREADS": "1"}
     pipes = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, *names[i::2], "--short", *short], **pipes) for i in (0, 1)]
+    processes = [subprocess.Popen([*command, *names[i::2]], **pipes) for i in (0, 1)]
     lines = [line for process in processes for line in process.communicate()[0].splitlines() if line[:1] == "{"]
     assert [process.returncode for process in processes] == [0, 0]
     return {(row["fault"], row["dtype"]): row for row in map(json.loads, lines)}
 
 
-@needs_fake
-@pytest.mark.parametrize("fault", CAUGHT)
-def test_a_fault_is_caught(seeded, fault):
-    row = seeded[fault, "float16"]
-    assert row["status"] == 1
-    assert any(reason.startswith(CAUGHT[fault]) for reason in row["reasons"]), row["reasons"]
+def check(seeded: dict[tuple[str, str], dict]) -> None:
+    """Each fault is named, and each healthy device passes."""
+    for (name, _), row in seeded.items():
+        if name in CAUGHT:
+            assert row["status"] == 1 and any(re.match(CAUGHT[name], reason) for reason in row["reasons"]), row
+        else:
+            assert row["status"] == 0, row
 
 
 @needs_fake
-def test_no_fault_is_left_out(seeded):
-    assert {fault for (fault, _), row in seeded.items() if row["status"]} == set(CAUGHT)
+def test_faults_are_named_and_healthy_devices_pass(clips):
+    faults = [fault if isinstance(fault, str) else fault.__name__ for fault in seed_faults.FAULTS]
+    healthy = [device.__name__ for device in seed_faults.HEALTHY]
+    assert {*faults, *(f.__name__ for f in seed_faults.OTHER_FORMULAS)} == set(CAUGHT)
+    faults = [fault for fault in faults if fault not in ON_REAL_WEIGHTS]
+    seeded = seed(["--model", MODEL, "--audio", clips[1]], [*faults, *healthy])
+    check({key: row for key, row in seeded.items() if key[0] not in ON_REAL_WEIGHTS})
+    assert set(seeded) >= {(fault, "float16") for fault in faults}
+    assert set(seeded) >= {(device, dtype) for device in healthy for dtype in ("float16", "bfloat16")}
 
 
 @needs_fake
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("device", [health.__name__ for health in seed_faults.HEALTHY])
-def test_a_healthy_device_passes_and_what_it_computes_otherwise_is_explained(seeded, device, dtype):
-    row = seeded[device, dtype]
-    assert row["status"] == 0, row["reasons"]
-    notes = [note for note in row["notes"] if not note.startswith("text differs")]  # at a tie
-    worst = max(row["float32_relative"], row["float32_encoder"])
-    if worst < eval_accuracy.FLOAT32_LIMIT:
-        assert notes == [] and device not in ("tanh_gelu_of_the_device", "both_of_them")
-    else:
-        assert device in ("tanh_gelu_of_the_device", "both_of_them", "hf32_that_stays_on")
-        assert notes and all(note.startswith("the device computes ") for note in notes)
+@pytest.mark.skipif(not REAL.exists(), reason="tests/real_whisper/model is not there")
+def test_what_only_real_weights_show():
+    seeded = seed(["--model", str(REAL)], [*ON_REAL_WEIGHTS, "nothing"])  # of the sweep
+    assert len(seeded) == 6
+    check(seeded)
 
 
 @needs_fake
@@ -375,10 +381,9 @@ def test_an_npu_whose_hf32_cannot_be_set_is_one_line_and_no_fail(clips):
 
 
 @needs_fake
-def test_hf32_is_off_on_the_npu(clips, tmp_path):
-    report = tmp_path / "report.json"
-    environment = {"PYTHONPATH": str(FAKE_NPU)}
-    result = run("eval_accuracy.py", "--model", MODEL, "--audio", clips[0], "--json", report, environment=environment)
-    assert "HF32                          off\n" in result.stdout
-    assert "candidate                     npu:0 (Ascend910B4 (simulated)) in float16\n" in result.stdout
-    assert json.loads(report.read_text())["environment"]["allow_hf32"] == {"matmul": False, "conv": False}
+def test_without_a_device_it_is_the_npu_in_float16_with_hf32_off(clips):
+    environment, arguments = {"PYTHONPATH": str(FAKE_NPU)}, ["--model", MODEL, "--audio", clips[0], "--json"]
+    result = run("eval_accuracy.py", *arguments, "--max-new-tokens", "5", environment=environment)
+    report = json.loads(result.stdout)
+    assert report["candidate"] == "npu:0 (Ascend910B4 (simulated)) in float16, HF32 off"
+    assert report["environment"]["allow_hf32"] == {"matmul": False, "conv": False}
