@@ -192,7 +192,7 @@ def test_json_has_every_figure_with_its_limit_and_the_versions(clips, evaluate):
 def test_a_fail_names_each_clip_and_reason(clips, evaluate, monkeypatch):
     monkeypatch.setattr(eval_accuracy, "FACTOR", 0.1)
     status, out, _ = evaluate("--audio", *clips, "--dtype", "bfloat16", "--max-new-tokens", 20)
-    assert status == 1 and re.search(r"^verdict +FAIL: 2 of 2 clips$", out, re.MULTILINE)
+    assert status == 1 and re.search("^verdict +FAIL: 2 of 2 clips$", out, re.MULTILINE)
     for path, line in zip(clips, out.splitlines()[-2:], strict=True):
         assert re.match(rf"FAIL {path}, 0.0 to \S+ s: encoder error \S+ is not below \S+ \(in a batch\); logits ", line)
 
@@ -205,10 +205,7 @@ def test_without_an_npu_there_is_no_verdict(clips):
     assert result.stderr.startswith("eval_accuracy.py: error: --device npu: torch_npu ")
 
 
-def test_every_chunk_of_a_long_recording_is_compared_and_the_sweep_without_one(tmp_path, evaluate):
-    path = write(tmp_path / "long.wav", synthesize(random_text(np.random.default_rng(0), 80, 5)))
-    _, out, err = evaluate("--audio", path, "--dtype", "float32")
-    assert re.search("^clips, tokens +4, 84$", out, re.MULTILINE) and err.count("recording 1 of 1: ") == 4
+def test_the_sweep_is_compared_where_no_recording_is_named(evaluate):
     _, out, err = evaluate("--dtype", "float32", "--max-new-tokens", 20)
     assert re.search("^verdict +PASS$", out, re.MULTILINE) and err.endswith("recording 1 of 1: sweep, 0.0 to 3.0 s\n")
 
@@ -220,8 +217,8 @@ def test_character_error_rate_of_a_manifest(tmp_path, evaluate):
     rows[0] = {"audio": "0.wav", "text": "こんばんは。"}
     lines = (json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "m.jsonl").write_text("\n".join(lines) + "\n\n", "utf-8-sig")
-    status, out, _ = evaluate("--manifest", tmp_path / "m.jsonl", "--dtype", "float32")
-    assert status == 0
+    status, out, err = evaluate("--manifest", tmp_path / "m.jsonl", "--dtype", "float32")
+    assert status == 0 and err.count("recording 2 of 2: ") == 4  # chunks
     for side in ("reference", "candidate"):
         assert re.search(f"^CER of the {side} +{100 * 2 / 85:.4f} %$", out, re.MULTILINE)
 
@@ -271,7 +268,8 @@ def test_after_a_failure_of_the_device_the_rest_is_not_reached_and_counts_nowher
 def test_what_cannot_be_evaluated_is_status_2(tmp_path, evaluate, clips):
     (tmp_path / "text.wav").write_text("not audio")
     for name, content in [("bad", "{"), ("keys", '{"audio": "x.wav"}'), ("gone", '{"audio": "x.wav", "text": ""}'),
-                          ("zero", '{"audio": "x\\u0000.wav", "text": ""}'), ("list", "[1, 2]"), ("deep", "[" * 100_000),
+                          ("zero", '{"audio": "x\\u0000.wav", "text": ""}'), ("deep", "[" * 100_000),
+                          ("list", "[1, 2]"),
                           ("null", '{"audio": "x.wav", "text": "a"}\n{"audio": "y.wav", "text": null}')]:  # fmt: skip
         (tmp_path / name).write_text(content)
     (tmp_path / "bytes").write_bytes(b"\xff\xfe{")
@@ -287,19 +285,6 @@ def test_what_cannot_be_evaluated_is_status_2(tmp_path, evaluate, clips):
         assert status == 2 and words in err and err.count("\n") <= 3 and "Traceback" not in err, err
     status, _, err = evaluate("--audio", "a", "--manifest", "b")
     assert status == 2 and "not allowed with" in err
-
-
-def test_stdout_that_cannot_be_written(clips):
-    arguments = ["--model", MODEL, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 5, "--audio", clips[0]]
-    with open("/dev/full", "w") as full:
-        result = run("eval_accuracy.py", *arguments, stdout=full)
-    assert result.returncode == 2
-    assert result.stderr.endswith("\neval_accuracy.py: error: cannot write to stdout: No space left on device\n")
-    reader, writer = os.pipe()
-    os.close(reader)  # as head does when it has seen enough
-    result = run("eval_accuracy.py", *arguments, stdout=writer)
-    os.close(writer)
-    assert (result.returncode, result.stderr.count("\n")) == (141, 1)
 
 
 # --- faults, on the simulated NPU ---
@@ -321,7 +306,7 @@ CAUGHT = {
     "rows_swapped": r"encoder error .*\(in a batch\)",
     "even_rows_wrong": r"encoder error .*\(in a batch\)",
     "wrong_in_batches_of_16": r"encoder error .*\(in a batch\)",
-    "second_window_wrong": r"logits error .*\(alone\)",
+    "second_window_wrong": r"encoder error .*\(alone\)",
     "stale_results": "npu:0 gives 4 rows for a batch of 1",
     "stale_after_an_error": "npu:0 failed: The Inner error is reported as above.",
     "stale_without_an_error": "encoder error in float32 ",
@@ -373,17 +358,11 @@ def test_what_only_real_weights_show():
 
 
 @needs_fake
-def test_an_npu_whose_hf32_cannot_be_set_is_one_line_and_no_fail(clips):
-    environment = {"PYTHONPATH": str(FAKE_NPU), "FAKE_NPU_FAULT": "hf32"}
-    result = run("eval_accuracy.py", "--model", MODEL, "--audio", clips[0], environment=environment)
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert "error code is 500001" in result.stderr and "set_env.sh" in result.stderr
-
-
-@needs_fake
-def test_without_a_device_it_is_the_npu_in_float16_with_hf32_off(clips):
+def test_without_a_device_it_is_the_npu_in_float16_with_hf32_off_or_an_error(clips):
     environment, arguments = {"PYTHONPATH": str(FAKE_NPU)}, ["--model", MODEL, "--audio", clips[0], "--json"]
-    result = run("eval_accuracy.py", *arguments, "--max-new-tokens", "5", environment=environment)
-    report = json.loads(result.stdout)
+    report = json.loads(run("eval_accuracy.py", *arguments, "--max-new-tokens", "5", environment=environment).stdout)
     assert report["candidate"] == "npu:0 (Ascend910B4 (simulated)) in float16, HF32 off"
     assert report["environment"]["allow_hf32"] == {"matmul": False, "conv": False}
+    result = run("eval_accuracy.py", *arguments, environment=environment | {"FAKE_NPU_FAULT": "hf32"})
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "error code is 500001" in result.stderr and "set_env.sh" in result.stderr
