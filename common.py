@@ -83,15 +83,16 @@ def device_name(text: str) -> str:
     return text
 
 
-def add_model_options(add: Callable, without_npu: str = "the CPU with a warning") -> None:
-    """Declare the options that all three scripts have; add is the add_argument of a parser, and without_npu says what
-    happens where no NPU is usable."""
-    add("--model", default=MODEL, help="model id on the hub, or a local folder (default: %(default)s)")
-    add("--device", type=device_name, help="npu, npu:N, cpu, cuda or cuda:N (default: the NPU; where none is usable, "
+def add_model_options(parser: argparse.ArgumentParser, without_npu: str = "the CPU is used, with a warning") -> None:
+    """Declare the options that all three scripts have; without_npu says what happens where no NPU is usable."""
+    add = parser.add_argument_group("model and device").add_argument
+    add("--model", default=MODEL, metavar="NAME", help="A model on the hub, which the first run downloads (1.5 GB), or "
+        "a local folder. (default: %(default)s)")  # fmt: skip
+    add("--device", type=device_name, help="npu, npu:N, cpu, cuda or cuda:N. (default: the NPU; where none is usable, "
         f"{without_npu})")  # fmt: skip
     add("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto",
-        help="auto is float16 on an accelerator and, on a CPU, bfloat16 where the processor computes it natively "
-        "(AMX or AVX512-BF16), else float32 (default: %(default)s)")  # fmt: skip
+        help="auto is float16 on an accelerator. On a CPU it is bfloat16 where the processor computes that natively "
+        "(AMX or AVX512-BF16), else float32. (default: %(default)s)")  # fmt: skip
 
 
 def first_line(error: BaseException) -> str:

@@ -1,18 +1,23 @@
 """Does the device compute what the CPU computes, and is the text right?
 
-    python3 eval_accuracy.py                            # a sweep of 3 s; the NPU in float16
-    python3 eval_accuracy.py --audio a.wav b.wav        # every chunk of real recordings
-    python3 eval_accuracy.py --manifest test.jsonl      # and the character error rate
-    python3 eval_accuracy.py --json > report.json       # the same as JSON
-    python3 eval_accuracy.py --device cpu --dtype bfloat16 --audio a.wav    # the CPU's dtypes, without an NPU
+    python3 eval_accuracy.py                         # a sweep of 3 s
+    python3 eval_accuracy.py --audio a.wav b.wav     # all chunks of recordings
+    python3 eval_accuracy.py --manifest test.jsonl   # and character error rates
+    python3 eval_accuracy.py --json > report.json    # the same as JSON
+    python3 eval_accuracy.py --device cpu --dtype bfloat16    # without an NPU
 
-The reference is the CPU in float32, the candidate is the device. The device decodes each clip three times: in float32,
-then in its dtype in a full batch beside another input, then in its dtype alone. It decodes the first clip once more, to
-the decoder's last position. The reference computes the same tokens, and all figures compare the two.
+The reference is the CPU in float32, the candidate is the device. The device
+decodes each clip three times: in float32, then in its dtype in a full batch
+beside another input, then in its dtype alone. It decodes the first clip once
+more, to the decoder's last position. The reference computes the same tokens, and
+all figures compare the two.
 
-How far the candidate may be off is measured, not guessed: the reference computes each clip once more with everything
-rounded to the dtype, and the device may be off by FACTOR times what that rounding alone makes. In float32, where
-rounding makes next to nothing, FLOAT32_LIMIT is the limit.
+How far the candidate may be off is measured, not guessed: the reference computes
+each clip once more with everything rounded to the dtype, and the device may be
+off by three times what that rounding alone makes. In float32, where rounding
+makes next to nothing, the limit is 0.05 %.
+
+Exit status: 0 PASS; 1 FAIL; 2 nothing could be evaluated; 130 interrupted.
 """
 import argparse
 import itertools
@@ -83,20 +88,18 @@ class Clip:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options; exits with status 2 where they are wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="exit status: 0 PASS; 1 FAIL; 2 nothing could be evaluated; 130 interrupted",
-    )
-    add = parser.add_argument
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--audio", nargs="+", action="extend", default=[], metavar="PATH",
-                        help="audio files (default: a sweep of 3 s, 200 to 800 Hz)")  # fmt: skip
-    source.add_argument("--manifest", metavar="FILE", help='JSON lines {"audio": ..., "text": ...}: also gives the CER')
-    common.add_model_options(add, "an error")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("input").add_mutually_exclusive_group().add_argument
+    add("--audio", nargs="+", action="extend", default=[], metavar="PATH",
+        help="Audio files. (default: a sweep of 3 s, 200 to 800 Hz)")  # fmt: skip
+    add("--manifest", metavar="FILE", help='A file with a line {"audio": "a.wav", "text": "..."} for each recording: '
+        "then the report has the character error rate too.")  # fmt: skip
+    common.add_model_options(parser, "the evaluation ends with status 2")
     parser.set_defaults(device="npu", dtype="float16")
+    add = parser.add_argument_group("evaluation").add_argument
     add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=256, metavar="N",
-        help=f"token limit of a clip, as in inference.py, 1 to {common.MAX_NEW_TOKENS} (default: %(default)s)")
-    add("--json", action="store_true", help="print the report as JSON in place of the table")
+        help=f"The most tokens that a clip may have, from 1 to {common.MAX_NEW_TOKENS}. (default: %(default)s)")
+    add("--json", action="store_true", help="Print the report as JSON, in place of the table.")
     return parser.parse_args(argv)
 
 

@@ -1,12 +1,16 @@
 """How fast is it, where does the time go, and what does the device bring over the CPU?
 
-    python3 eval_performance.py                          # 3 s of synthetic audio, on the CPU and on the NPU
-    python3 eval_performance.py --audio meeting.wav      # real speech, to its natural end
-    python3 eval_performance.py --batch-sizes 1,4,8,16   # throughput of full windows against batch size
+    python3 eval_performance.py                         # 3 s, on CPU and NPU
+    python3 eval_performance.py --audio meeting.wav     # real speech
+    python3 eval_performance.py --batch-sizes 1,4,16    # full windows
 
-A run is what inference.py does, from the file to the text; the stages are timed one after another beside it, while
-inference.py reads ahead on an NPU. Synthetic audio is decoded to --max-new-tokens in every chunk, because what a model
-finds in it, and so the work, would differ between devices.
+A run is what inference.py does, from the file to the text. The stages are timed
+in runs of their own, one after another, while inference.py reads ahead on an NPU.
+Synthetic audio is decoded to --max-new-tokens in every chunk, because what a
+model finds in it, and so the work, would differ between devices.
+
+Exit status: 0 measured; 1 the devices decoded unequal numbers of tokens, which
+voids the comparison; 2 nothing could be measured; 130 interrupted.
 """
 import argparse
 import contextlib
@@ -245,23 +249,26 @@ def numbers(kind: type, high: float) -> Callable[[str], list]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options; exits with status 2 where they are wrong."""
-    epilog = "exit status: 0 measured; 1 the devices decoded unequal numbers of tokens, which voids the comparison; "
-    epilog += "2 nothing could be measured; 130 interrupted"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=epilog)
-    add, count = parser.add_argument, common.number(int, 1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count = common.number(int, 1)
+    add = parser.add_argument_group("input").add_argument
     add("--audio", nargs="+", action="extend", default=[], metavar="PATH",
-        help="audio files, decoded to their natural end (default: a sweep of 3 s, 200 to 800 Hz)")  # fmt: skip
-    common.add_model_options(add)
+        help="Audio files, which are decoded to their natural end. (default: a sweep of 3 s, 200 to 800 Hz)")
+    add("--batch-sizes", type=numbers(int, 1024), default=[], metavar="N,N...",
+        help="Measure batches of so many full windows too.")  # fmt: skip
+    add("--durations", type=numbers(float, 36_000), default=[], metavar="S,S...",
+        help="Measure sweeps of so many seconds too.")  # fmt: skip
+    common.add_model_options(parser)
+    add = parser.add_argument_group("measurement").add_argument
     add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=128, metavar="N",
-        help=f"of a chunk, up to {common.MAX_NEW_TOKENS}; synthetic audio gets all (default: %(default)s)")  # fmt: skip
-    add("--times", action="store_true", help="compute times too, as inference.py does for subtitles and JSON")
-    add("--batch-size", type=count, metavar="N", help="chunks decoded together (default: 16, on a CPU 8)")
-    add("--batch-sizes", type=numbers(int, 1024), default=[], metavar="N,N...", help="also batches of N full windows")
-    add("--durations", type=numbers(float, 36_000), default=[], metavar="S,S...", help="also sweeps of S seconds")
+        help=f"The most tokens that a chunk may have, from 1 to {common.MAX_NEW_TOKENS}; synthetic audio gets all. "
+        "(default: %(default)s)")  # fmt: skip
+    add("--times", action="store_true", help="Compute times too, as inference.py does for subtitles and JSON.")
+    add("--batch-size", type=count, metavar="N", help="How many chunks are decoded together. (default: 16, on a CPU 8)")
     add("--warmup", type=count, default=2, metavar="N",
-        help="runs before those that count; the first is the cold one (default: %(default)s)")  # fmt: skip
-    add("--runs", type=count, default=10, metavar="N", help="runs that count (default: %(default)s)")
-    add("--json", action="store_true", help="print everything measured, with every sample, as JSON in place of a table")
+        help="How many runs come before those that count; the first is the cold one. (default: %(default)s)")
+    add("--runs", type=count, default=10, metavar="N", help="How many runs count. (default: %(default)s)")
+    add("--json", action="store_true", help="Print everything that was measured as JSON, in place of the table.")
     parser.set_defaults(chunk_length=common.CHUNK_LENGTH_S, no_speech_threshold=inference.NO_SPEECH_THRESHOLD)
     return parser.parse_args(argv)
 

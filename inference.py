@@ -1,10 +1,15 @@
 """Transcribe Japanese recordings with kotoba-whisper-v2.0 on an Ascend NPU or a CPU.
 
     python3 inference.py --audio meeting.mp3
-    python3 inference.py --audio recordings/ --output-dir transcripts/ --output-format srt
-    torchrun --nproc-per-node 8 inference.py --audio corpus/ --output-dir out/ --skip-existing
+    python3 inference.py --audio recordings/ -o transcripts/ -f srt
+    torchrun --nproc-per-node 8 inference.py --audio corpus/ -o out/ --skip-existing
 
-The transcript goes to stdout or to files in --output-dir, and everything else to stderr.
+The transcript goes to stdout or to files in --output-dir, and everything else to
+stderr.
+
+Exit status: 0 every recording was transcribed; 1 some were not; 2 wrong options,
+or a device or model that cannot be used or that fails on the way; 130
+interrupted; 141 the reader of stdout has gone.
 """
 import argparse
 import contextlib
@@ -115,32 +120,29 @@ class Chunk:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options; exits with status 2 where they are wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="exit status: 0 every recording was transcribed; 1 some were not; 2 wrong options, or a device or model "
-        "that cannot be used or that fails on the way; 130 interrupted; 141 the reader of stdout has gone",
-    )
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("input").add_argument
     add("--audio", nargs="+", action="extend", required=True, metavar="PATH",
-        help="audio files, or folders to search for them")  # fmt: skip
-    add("--language", default="ja", metavar="CODE", help="a language that the model knows (default: %(default)s)")
-    add("--task", choices=["transcribe", "translate"], default="transcribe",
-        help="translate into English or, with kotoba's bilingual model, --language (default: %(default)s)")  # fmt: skip
-    common.add_model_options(add)
+        help="Audio or video files, or folders to search for them.")  # fmt: skip
+    add("--language", default="ja", metavar="CODE", help="A language that the model knows. (default: %(default)s)")
+    add("--task", choices=["transcribe", "translate"], default="transcribe", help="translate gives English or, with "
+        "kotoba's bilingual model, the language in --language. (default: %(default)s)")  # fmt: skip
+    common.add_model_options(parser)
+    add = parser.add_argument_group("decoding").add_argument
     add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=256, metavar="N",
-        help=f"token limit of a chunk, 1 to {common.MAX_NEW_TOKENS} (default: %(default)s)")  # fmt: skip
+        help=f"The most tokens that a chunk may have, from 1 to {common.MAX_NEW_TOKENS}. (default: %(default)s)")
     add("--chunk-length", type=common.number(float, 1, 30), default=common.CHUNK_LENGTH_S, metavar="SECONDS",
-        help="longest stretch decoded at once in recordings over 30 s, 1 to 30 (default: %(default)s)")  # fmt: skip
+        help="The longest stretch of a recording over 30 s that is decoded at once, 1 to 30. (default: %(default)s)")
     add("--batch-size", type=common.number(int, 1), metavar="N",
-        help="chunks decoded together, across recordings too (default: 16, on a CPU 8)")  # fmt: skip
+        help="How many chunks are decoded together, across recordings too. (default: 16, on a CPU 8)")  # fmt: skip
     add("--no-speech-threshold", type=common.number(float, 0, 1), default=NO_SPEECH_THRESHOLD, metavar="P",
-        help="leave out what the model takes for no speech with more than this probability; 1 keeps everything "
+        help="Leave a chunk out where the model finds it more probable than this that nobody speaks; 1 keeps all. "
         "(default: %(default)s)")  # fmt: skip
-    add("--output-dir", "-o", metavar="DIR", help="write files there (default: write to stdout)")
-    add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt",
-        help="of the transcripts; all, and srt, vtt and tsv of several recordings, need --output-dir "
-        "(default: %(default)s)")  # fmt: skip
-    add("--skip-existing", action="store_true", help="skip the recordings whose outputs are all in --output-dir")
+    add = parser.add_argument_group("output").add_argument
+    add("--output-dir", "-o", metavar="DIR", help="Write files into this folder. (default: write to stdout)")
+    add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt", help="all, and srt, vtt and tsv of several "
+        "recordings, need --output-dir. (default: %(default)s)")  # fmt: skip
+    add("--skip-existing", action="store_true", help="Skip the recordings whose outputs are all in --output-dir.")
     return parser.parse_args(argv)
 
 
