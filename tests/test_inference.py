@@ -494,7 +494,7 @@ def test_on_a_terminal_a_name_may_be_any_bytes(audio, tmp_path):
 
 
 def test_help_states_every_option_and_default():
-    result = run("inference.py", "--help")
+    result = run("inference.py", "--help", environment={"COLUMNS": "200"})
     for option in ("audio", "language", "task", "device", "dtype", "model", "max-new-tokens", "chunk-length",
                    "batch-size", "output-dir", "output-format", "skip-existing", "no-speech-threshold"):  # fmt: skip
         assert f"--{option}" in result.stdout
