@@ -51,9 +51,11 @@ STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # of 475 inputs with speech, the steadiest 
 QUIETER_DB = 30  # a pause is that much below the loudest part of a chunk,
 NOISE_DB, VOICE_DB = 8, 12  # or in noise that much above the quietest parts, but that much below the loudest
 FRAME_S = 0.02  # of the encoder's output
+CLICK_FRAMES = 5  # of which most are loud where someone speaks: keys and gusts are shorter
 N_HEADS = 10  # of 40, the best in arXiv 2509.09987
 FASTEST = 20  # tokens in a second of speech: twice as many as anyone speaks
 LONGEST_TOKEN_S = 2.0  # of loud sound: beyond, the alignment has left something out
+SHORT_PAUSE_S = 0.2  # ends a token; at 0.3 a sentence that follows after 0.1 s of silence is shown 0.2 s early
 LONG_PAUSE_S = 0.7  # ends a cue
 LINE_CELLS, CUE_LINES = 16, 2  # full-width characters in a line of a subtitle, and lines of it (Netflix: 13 to 16, 2)
 SHORTEST_CUE_S, LONGEST_CUE_S = 1.0, 7.0
@@ -477,9 +479,11 @@ def find_loud_frames(waveform: np.ndarray) -> np.ndarray:
     """The frames of FRAME_S that are louder than the pauses of a waveform at SAMPLING_RATE: (n >= 1,) int64."""
     powers = common.mean_squares(waveform, common.SAMPLING_RATE, FRAME_S)[:: round(FRAME_S / common.LEVEL_HOP_S)]
     levels = common.mean_squares(waveform, common.SAMPLING_RATE, common.PAUSE_S)
-    loudest, noise = min(powers.max(), levels.max()), np.percentile(levels, 5)
+    loudest, noise = min(powers.max(), levels.max()), np.percentile(levels, 10)
     in_noise = min(noise * 10 ** (NOISE_DB / 10), loudest / 10 ** (VOICE_DB / 10))
-    return np.flatnonzero(powers >= max(loudest / 10 ** (QUIETER_DB / 10), in_noise))
+    loud = powers >= max(loudest / 10 ** (QUIETER_DB / 10), in_noise)
+    mostly = np.convolve(np.pad(loud, CLICK_FRAMES // 2), np.ones(CLICK_FRAMES), "valid") > CLICK_FRAMES / 2
+    return np.flatnonzero(mostly if mostly.any() else loud)
 
 
 def ahead(items: Iterable, n: int) -> Iterator:
@@ -654,7 +658,7 @@ def align(weights: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
 
     weights are (n_heads, n_tokens, n_positions), and only the heads that look most sharply count: those with the
     largest L2 norms of rows and columns (arXiv 2509.09987). Every token gets at least one frame. The last token is the
-    end of the text: it gets what sounds after the speech. None where the result is not to be believed, because a
+    end of the text: it gets what sounds before and after the speech. None where the result is not to be believed, because a
     token takes longer than LONGEST_TOKEN_S or most tokens take a single frame.
     """
     n_heads, n_tokens, _ = weights.shape
@@ -666,12 +670,14 @@ def align(weights: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
     matrix = torch.nn.functional.normalize(weights, dim=1).mean(0).cpu().numpy()
     _, steps = common.import_librosa().sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))
     tokens = steps[::-1, 0].copy()
-    for i in np.flatnonzero(np.diff(frames) * FRAME_S >= common.PAUSE_S):  # no token goes on after a pause
-        before, after = tokens[: i + 1] == tokens[i], tokens[i + 1 :] == tokens[i]
-        if after.any() and after.sum() <= before.sum() and tokens[i] < n_tokens - 1:
-            tokens[i + 1 :][after] += 1
-        elif after.any() and tokens[i] > 0:
-            tokens[: i + 1][before] -= 1
+    looks = weights.mean(0).cpu().numpy()
+    for i in np.flatnonzero(np.diff(frames) * FRAME_S >= SHORT_PAUSE_S):
+        own = np.flatnonzero(tokens == (token := tokens[i]))
+        if own[-1] > i and token < n_tokens - 1:  # no token goes on after a pause: it is on the side that it looks at
+            if own[looks[token, own].argmax()] <= i:
+                tokens[own[own > i]] += 1
+            else:
+                tokens[own[own <= i]] = (token - 1) % n_tokens  # what sounds before the first goes with the end
     counts = np.bincount(tokens, minlength=n_tokens)[:-1]
     return None if counts.max() * FRAME_S > LONGEST_TOKEN_S or np.mean(counts == 1) > 0.5 else tokens
 
