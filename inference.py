@@ -658,8 +658,8 @@ def align(weights: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
 
     weights are (n_heads, n_tokens, n_positions), and only the heads that look most sharply count: those with the
     largest L2 norms of rows and columns (arXiv 2509.09987). Every token gets at least one frame. The last token is the
-    end of the text: it gets what sounds before and after the speech. None where the result is not to be believed, because a
-    token takes longer than LONGEST_TOKEN_S or most tokens take a single frame.
+    end of the text: it gets what sounds before and after the speech. None where the result is not to be believed,
+    because a token takes longer than LONGEST_TOKEN_S or most tokens take a single frame.
     """
     n_heads, n_tokens, _ = weights.shape
     if n_tokens > len(frames):
