@@ -274,8 +274,8 @@ def count(recording: Recording, totals: Counter) -> None:
         common.notice(f"error: {recording.path}: {recording.error}")
         return
     totals["audio_s"] += recording.duration
-    for name in ("left_out", "token_limit", "looping"):
-        totals[name] += sum(getattr(chunk, name) for chunk in recording.chunks)
+    for chunk in recording.chunks:  # of a loop that is left out nobody has to be told
+        totals.update(("left_out",) if chunk.left_out else (n for n in ("token_limit", "looping") if getattr(chunk, n)))
     if all(chunk.left_out for chunk in recording.chunks):
         probs = [chunk.no_speech_prob for chunk in recording.chunks if chunk.no_speech_prob is not None]
         why = f"the model is sure of that ({min(probs):.2f} or more)" if probs else "nothing in it moves"
