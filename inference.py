@@ -274,8 +274,10 @@ def count(recording: Recording, totals: Counter) -> None:
         common.notice(f"error: {recording.path}: {recording.error}")
         return
     totals["audio_s"] += recording.duration
-    for chunk in recording.chunks:  # of a loop that is left out nobody has to be told
-        totals.update(("left_out",) if chunk.left_out else (n for n in ("token_limit", "looping") if getattr(chunk, n)))
+    for chunk in recording.chunks:
+        totals["left_out"] += chunk.left_out
+        totals["token_limit"] += chunk.token_limit and not chunk.left_out
+        totals["looping"] += chunk.looping and not chunk.left_out
     if all(chunk.left_out for chunk in recording.chunks):
         probs = [chunk.no_speech_prob for chunk in recording.chunks if chunk.no_speech_prob is not None]
         why = f"the model is sure of that ({min(probs):.2f} or more)" if probs else "nothing in it moves"
