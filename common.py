@@ -21,7 +21,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-# Where torch_npu is installed and CANN is not, a plain `import torch` fails; import_torch_npu imports it with care.
+# Else `import torch` fails where torch_npu is installed and CANN is not; import_torch_npu turns that into one line.
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else the C++ of torch writes a backtrace for what it raises
 import torch
@@ -30,15 +30,15 @@ MODEL = "kotoba-tech/kotoba-whisper-v2.0"
 SAMPLING_RATE, WINDOW_S = 16_000, 30  # of every Whisper, Hz and s
 CHUNK_LENGTH_S = 15  # what the model's authors use
 N_POSITIONS = 448  # of every Whisper decoder
-PROMPT_LENGTH = 4  # <|startoftranscript|>, language, task, <|notimestamps|>
+PROMPT_LENGTH = 4  # the number of tokens in <|startoftranscript|>, language, task, <|notimestamps|>
 MAX_NEW_TOKENS = N_POSITIONS - PROMPT_LENGTH
 CHECK_EVERY = 8  # tokens after which decoding asks whether all rows have ended
-CLAMPED_FLOAT16 = 64_504  # the largest float16 less 1000: to this WhisperEncoderLayer clamps what overflows
+CLAMPED_FLOAT16 = 64_504  # the largest float16 less 1000: WhisperEncoderLayer makes this of what overflows
 LOUDEST_SAMPLE = 100.0  # 40 dB above full scale: samples beyond are integers written as floats, or damage
 LEVEL_HOP_S = 0.01  # from one measurement of loudness to the next
-PAUSE_S = 0.3  # longer than the closure of a stop consonant or of a small tsu, which are no pauses
+PAUSE_S = 0.3  # longer than the silence inside a stop consonant or a small tsu, which is no pause
 SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
-FAR_QUIETER = 100  # 20 dB, in power
+FAR_QUIETER = 100  # a factor of power: 20 dB
 UNKNOWN_LENGTH = 1 << 62  # samples: libsndfile gives more than that where it does not know
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # characters that end a line or steer a terminal
 
@@ -48,11 +48,11 @@ class SetupError(Exception):
 
 
 class DeviceError(SetupError):
-    """What was asked of the device failed, or the model computed NaN on it."""
+    """The device failed, or the model computed NaN on it."""
 
 
 class OutOfMemoryError(DeviceError):
-    """It did not fit the device's memory; a smaller batch may."""
+    """The batch did not fit the device's memory; a smaller one may."""
 
 
 class AudioError(Exception):
@@ -83,9 +83,11 @@ def device_name(text: str) -> str:
     return text
 
 
-def add_model_options(parser: argparse.ArgumentParser, without_npu: str = "the CPU is used, with a warning") -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser, without_npu: str = "the CPU is used, with a warning", max_new_tokens: int = 256
+) -> None:
     """Declare the options that all three scripts have; without_npu says what happens where no NPU is usable."""
-    add = parser.add_argument_group("model and device").add_argument
+    add = parser.add_argument_group("model, device and decoding").add_argument
     add("--model", default=MODEL, metavar="NAME", help="A model on the hub, which the first run downloads (1.5 GB), or "
         "a local folder. (default: %(default)s)")  # fmt: skip
     add("--device", type=device_name, help="npu, npu:N, cpu, cuda or cuda:N. (default: the NPU; where none is usable, "
@@ -93,6 +95,8 @@ def add_model_options(parser: argparse.ArgumentParser, without_npu: str = "the C
     add("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto",
         help="auto is float16 on an accelerator. On a CPU it is bfloat16 where the processor computes that natively "
         "(AMX or AVX512-BF16), else float32. (default: %(default)s)")  # fmt: skip
+    add("--max-new-tokens", type=number(int, 1, MAX_NEW_TOKENS), default=max_new_tokens, metavar="N",
+        help=f"The most tokens that a chunk may have, from 1 to {MAX_NEW_TOKENS}. (default: %(default)s)")
 
 
 def first_line(error: BaseException) -> str:
@@ -101,12 +105,12 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(message: str) -> str:
-    """A message with its line breaks and other control characters, which a file's name may have, written as escapes."""
+    """The message with escapes for line breaks and other control characters, which a file's name may have."""
     return re.sub(CONTROL, lambda match: repr(match[0])[1:-1], message)
 
 
 def notice(message: str) -> None:
-    """Write one line to stderr, above the progress bar if there is one: which script says it, and what it says."""
+    """Write one line to stderr, above a progress bar: the script's name and the message."""
     program = os.path.basename(sys.argv[0])
     if torch.distributed.is_torchelastic_launched():
         program += f", rank {os.environ.get('RANK')}"
@@ -136,7 +140,7 @@ def report_json(report: dict) -> str:
 
 
 def run_script(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """The exit status of a script, whose work is the function run; where it ends early, one line on stderr says why."""
+    """Call run(args) and return the exit status; where the run ends early, one line on stderr says why."""
     with contextlib.suppress(AttributeError):  # a StringIO in the place of stdout takes any text
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale and the file names
     try:
@@ -155,15 +159,13 @@ def run_script(run: Callable[[argparse.Namespace], int], args: argparse.Namespac
 
 
 def npu_problem(error: BaseException) -> str:
-    """What an NPU that does not start has said, at the import of torch_npu or in a call, and what to do about it."""
-    scripts = [f"/usr/local/Ascend/{name}/set_env.sh" for name in ("cann", "ascend-toolkit")]
-    there = [script for script in scripts if os.path.exists(script)]
-    source = there[0] if there else f"{scripts[0]} (CANN 8.5 and later) or {scripts[1]} (before)"
+    """The end of a message about an NPU that does not start: the error in brackets, and what to do."""
+    scripts = "/usr/local/Ascend/cann/set_env.sh (CANN 8.5 and later) or /usr/local/Ascend/ascend-toolkit/set_env.sh"
     remedy = "see in npu-smi info what holds it"
     if re.search("libascend_hal|driver", str(error), re.IGNORECASE):
         remedy = "mount the driver, /usr/local/Ascend/driver, into the container"
     elif re.search("lib[a-z_]+[.]so|ASCEND_[A-Z]+|set_env|500001", str(error)):
-        remedy = f"source {source}, and install the Python packages that CANN needs"
+        remedy = f"source {scripts}, and install the Python packages that CANN needs"
     return f"({first_line(error)}): {remedy}"
 
 
@@ -171,7 +173,7 @@ def import_torch_npu():
     """The module torch_npu, which adds torch.npu. Raises SetupError where it cannot be loaded."""
     try:
         import torch_npu
-    except Exception as error:  # torch_npu raises just that where CANN is there in part
+    except Exception as error:  # torch_npu raises a plain Exception where CANN is incomplete
         sys.modules["torch_npu"] = None  # else transformers imports it again, unguarded
         if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
             remedy = f"install the torch-npu that goes with torch {torch.__version__}"
@@ -181,9 +183,9 @@ def import_torch_npu():
 
 
 def use_exact_gelu(torch_npu) -> None:
-    """Have transformers call the exact GELU: F.gelu of torch_npu 2.9.0 is the tanh form, not what Whisper learnt with.
+    """Make transformers call the exact GELU on an NPU; to be called before a model is loaded.
 
-    transformers calls it by this name after the convolutions, and keeps it in each layer of a model loaded later.
+    F.gelu of torch_npu 2.9.0 computes the tanh approximation, but Whisper was trained with the exact function.
     """
     gelu = torch.nn.functional.gelu
     torch.nn.functional.gelu = lambda x, approximate="none": (torch_npu.npu_gelu if x.device.type == "npu" else gelu)(
@@ -192,10 +194,7 @@ def use_exact_gelu(torch_npu) -> None:
 
 
 def start_npu(index: int | None, local_rank: int) -> int:
-    """Make an NPU ready: the one of this index or, for None, the local_rank-th, counted in a circle; its index.
-
-    Raises SetupError where it cannot be used.
-    """
+    """Start an NPU, by default number local_rank modulo their count; returns its index. Raises SetupError."""
     torch_npu = import_torch_npu()
     try:
         count = torch.npu.device_count() if torch.npu.is_available() else 0
@@ -246,7 +245,7 @@ def select_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type != "cpu":
         return torch.float16
-    # There is no public way to ask; where these names go, /proc/cpuinfo knows it too.
+    # No public function says so.
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
@@ -276,18 +275,17 @@ def environment(device: torch.device) -> dict[str, object]:
     """The versions, the device and the settings that a measurement depends on."""
     import transformers
 
-    name, report = platform.machine(), {"torch_npu": None, "cann": None, "allow_hf32": None}
+    name, report = platform.machine(), {"torch_npu": None, "cann": None}
     if device.type != "cpu":
         name = torch.get_device_module(device).get_device_name(device.index)
     elif os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
     if device.type == "npu":
-        torch_npu = sys.modules["torch_npu"]
-        report["torch_npu"] = torch_npu.__version__
+        report["torch_npu"] = sys.modules["torch_npu"].__version__
         report["allow_hf32"] = {"matmul": torch.npu.matmul.allow_hf32, "conv": torch.npu.conv.allow_hf32}
         with contextlib.suppress(AttributeError):
-            report["cann"] = torch_npu.npu.utils.get_cann_version()
+            report["cann"] = torch.npu.utils.get_cann_version()
     return report | {
         "device": str(device), "device_name": name, "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "threads": torch.get_num_threads(),
@@ -302,9 +300,9 @@ def environment(device: torch.device) -> dict[str, object]:
 class Recognizer:
     """A Whisper model on its device, with all that is needed to use it.
 
-    The tensors are on the device too, because they never change: prompt, (PROMPT_LENGTH,) int64, is what every text
-    begins with; token_mask, (2, n_vocab) float32, is 0 for a token that may be written and -inf for one that may not,
-    first for the first token of a text and then for all others. It is added to the logits.
+    The tensors are on the device too. prompt, (PROMPT_LENGTH,) int64: the tokens that every text begins with.
+    token_mask, (2, n_vocab) float32: added to the logits; -inf forbids a token. Row 0 is for the first token of a text,
+    row 1 for all others.
     """
 
     model: torch.nn.Module
@@ -318,21 +316,19 @@ def download_model(name: str) -> str:
     """The folder with the files of a model on the hub, downloaded if they are not there yet. Raises SetupError."""
     import huggingface_hub
 
-    if not sys.stderr or not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
     try:
         patterns = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     except huggingface_hub.errors.HFValidationError as error:
         raise SetupError(f"--model {name}: no such folder, and no model id of the form owner/name") from error
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        reason = f"it was not downloaded before, and the hub does not answer ({first_line(error.__cause__ or error)})"
-        remedy = "set HF_ENDPOINT=https://hf-mirror.com, or name a folder that has the model with --model"
+        reason = f"{first_line(error.__cause__ or error)}: set HF_ENDPOINT=https://hf-mirror.com, or name a folder "
+        reason += "that has the model with --model"
         if huggingface_hub.constants.HF_HUB_OFFLINE:
-            reason, remedy = "it was not downloaded before, and HF_HUB_OFFLINE forbids it now", "unset HF_HUB_OFFLINE"
+            reason = "it was not downloaded before, and HF_HUB_OFFLINE forbids it now: unset HF_HUB_OFFLINE"
     except Exception as error:  # a full disk, a model that is not there, whatever the network raises
-        reason, remedy = first_line(error), "is --model right, and is there room in the cache (HF_HOME)?"
-    raise SetupError(f"cannot download the model {name}: {reason}: {remedy}")
+        reason = f"{first_line(error)}: is --model right, and is there room in the cache (HF_HOME)?"
+    raise SetupError(f"cannot download the model {name}: {reason}")
 
 
 def prompt_of(generation, tokenizer, language: str, task: str) -> list[int]:
@@ -350,6 +346,11 @@ def prompt_of(generation, tokenizer, language: str, task: str) -> list[int]:
     if (found := tokenizer.convert_ids_to_tokens(ids)) != names:
         raise ValueError(f"its generation_config.json and its tokenizer do not fit: {found} in place of {names}")
     return ids
+
+
+def is_bfloat16_cpu(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the model runs with cpu_attention and packed weights."""
+    return device.type == "cpu" and dtype == torch.bfloat16
 
 
 def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
@@ -379,8 +380,8 @@ def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple
 
 
 def pack_linears(model: torch.nn.Module) -> None:
-    """Lay the weights of a bfloat16 model, which cannot be moved afterwards, out as the CPU reads them fastest, and
-    compute the encoder's GELU in the linear before it.
+    """Store the weights of a bfloat16 model in the order that the CPU reads fastest, and compute the encoder's GELU
+    together with the linear before it. The model cannot be moved to another device afterwards.
 
     torch has no public functions for that; where it lacks these, nothing is done.
     """
@@ -445,11 +446,6 @@ def load_model(
         return Recognizer(model, extractor, processor.tokenizer, prompt.to(device), token_mask.to(device))
 
 
-def is_bfloat16_cpu(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the model runs with cpu_attention and packed weights."""
-    return device.type == "cpu" and dtype == torch.bfloat16
-
-
 def endless(recognizer: Recognizer) -> Recognizer:
     """A copy that never ends its text and so always decodes to the limit: equal work, whatever the model hears."""
     token_mask = recognizer.token_mask.clone()
@@ -457,13 +453,13 @@ def endless(recognizer: Recognizer) -> Recognizer:
     return replace(recognizer, token_mask=token_mask)
 
 
-# --- Audio: path -> waveform -> chunks ---
-
-
 def sweep() -> np.ndarray:
     """The default input of the evaluations: a sine from 200 to 800 Hz in three seconds, (48000,) float32."""
     t = np.arange(3 * SAMPLING_RATE) / SAMPLING_RATE
     return (0.5 * np.sin(2 * np.pi * (200 * t + 100 * t**2))).astype(np.float32)
+
+
+# --- Audio: path -> waveform -> chunks ---
 
 
 def check_file(path: str) -> None:
@@ -481,12 +477,13 @@ def check_file(path: str) -> None:
 def mix_down(block: np.ndarray) -> np.ndarray:
     """The mean of all channels, (n, n_channels) to (n,) float32. Raises AudioError for what is no audio.
 
-    Where the mean is far quieter than a channel, because channels cancel out or most are silent, it is that channel.
+    Where the mean is far quieter than the loudest channel, because channels cancel out or most are silent, that channel
+    is returned.
     """
     if not (loudest := np.abs(block).max()) <= LOUDEST_SAMPLE:
         is_number = loudest < np.inf
         raise AudioError(f"samples of {loudest:g} where 1 is full scale" if is_number else "NaN or infinite samples")
-    slopes = np.diff(block, axis=0, prepend=block[:1])  # in which speech outdoes a hum
+    slopes = np.diff(block, axis=0, prepend=block[:1])  # these weigh speech more than a low hum
     mix_power, powers = np.square(slopes.mean(axis=1)).mean(), np.square(slopes).mean(axis=0)
     return block.mean(axis=1) if mix_power >= powers.max() / FAR_QUIETER else block[:, powers.argmax()]
 
@@ -498,7 +495,7 @@ def sound_blocks(sound: soundfile.SoundFile, warn: Callable[[str], None]) -> Ite
     """
     sound.seekable = lambda: False  # else soundfile seeks after every read, and MP3 is wrong for 40 ms
     rate, n_read = sound.samplerate, 0
-    n_frames = sound.frames if sound.format == "FLAC" else math.inf  # of FLAC it would read on into what follows
+    n_frames = sound.frames if sound.format == "FLAC" else math.inf  # in FLAC it would read on into what follows
     try:
         while len(block := sound.read(min(rate, 1 << 20, n_frames - n_read), "float32", always_2d=True)):
             n_read += len(block)
@@ -518,15 +515,15 @@ def ffmpeg_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int,
     Its exit status decides: what it says of a recording that it could read is a warning. Raises AudioError.
     """
     with open(path, "rb") as file:
-        head = file.read(12)
-    # async=1 keeps the gaps of a recording with a clock; without one, as in MP3, AAC, AC-3 and Ogg, it would lose sound
-    # where the format changes. first_pts=0 keeps the silence before a sound that begins later than the picture, in MP4
-    # and Matroska; in broadcast streams it would double what changes its format.
+        head = file.read(8)
+    # async=1 fills gaps of the clock with silence. Formats without a clock, MP3, AAC, AC-3 and Ogg, would lose sound by
+    # it where their sampling rate changes. first_pts=0 keeps the silence before a sound that begins later than the
+    # picture, in MP4 and Matroska; in broadcast streams it would repeat sound where the format changes.
     filters = "anull" if re.match(rb"ID3|\xff[\xe0-\xff]|\x0b\x77|OggS", head) else "aresample=async=1"
     if re.match(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3", head, re.DOTALL):
         filters += ":first_pts=0"
-    # file: keeps a name like concat:x from being taken for a protocol. In a transport stream a step of the clock is a
-    # gap up to 60 s, not 10; a longer one means that the clock was set anew.
+    # file: keeps a name like concat:x from being taken for a protocol. A jump of a transport stream's clock by up to
+    # 60 s, not 10, is a gap; a longer one means a new clock.
     command = ["ffmpeg", "-nostdin", "-v", "error", "-dts_delta_threshold", "60", "-i", f"file:{path}", "-vn"]
     command += ["-af", filters, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
     rate, n_read = 1, 0
@@ -547,16 +544,25 @@ def ffmpeg_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int,
         warn(f"ffmpeg broke off after {n_read / rate:.0f} s: {said}")
     elif said:
         warn(f"ffmpeg says: {said}")
-    declared = int.from_bytes(head[4:8], "little" if head[:1] == b"R" else "big")
-    if re.match(rb"RIFF....WAVE|FORM....AIF", head, re.DOTALL) and declared:  # libsndfile refuses these where joined
-        warn_of_unread(path, 8 + declared, warn)
+    warn_of_length(path, None, warn)
 
 
-def warn_of_unread(path: str, end: int, warn: Callable[[str], None]) -> None:
-    """Say how many bytes lie behind the end of a recording, where that is much: it may be one that was joined to it."""
-    size = os.path.getsize(path)
-    if size - end > max(1 << 16, size // 100):
+def warn_of_length(path: str, end: int | None, warn: Callable[[str], None]) -> None:
+    """Say how many bytes lie behind the end of a recording, which may be another one, or are missing, where it is much.
+
+    end is where libsndfile stopped. For None, and for what is missing, the headers of WAV and AIFF are asked.
+    """
+    with open(path, "rb") as file:
+        head, size = file.read(12), os.path.getsize(path)
+    declared = 8 + int.from_bytes(head[4:8], "little" if head[:1] == b"R" else "big")
+    was_written = 8 < declared < 0x7FFFF000  # else the recorder has left a placeholder
+    if not (re.match(rb"RIFF....WAVE|FORM....AIF", head, re.DOTALL) and was_written):
+        declared = size
+    end, much = declared if end is None else end, max(1 << 16, size // 100)
+    if size - end > much:
         warn(f"{size - end} bytes behind the end that its header declares were not read")
+    if declared - size > much:
+        warn(f"{declared - size} bytes that its header declares are missing at the end")
 
 
 def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
@@ -576,7 +582,8 @@ def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, n
                 n_blocks += 1
                 yield item
             if n_blocks:
-                return warn_of_unread(path, file.tell(), warn)
+                warn_of_length(path, file.tell(), warn)
+                return
     except soundfile.LibsndfileError as error:
         problem = error.error_string.rstrip(".")
     except OSError as error:
@@ -588,10 +595,8 @@ def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, n
 
 
 def mean_squares(waveform: np.ndarray, rate: int, window_s: float) -> np.ndarray:
-    """How loud a waveform is in windows of window_s seconds, of which one begins every LEVEL_HOP_S: (n >= 1,) float64.
-
-    It is the mean square, without the offset that some recorders add to all samples.
-    """
+    """The mean square of a waveform, without its offset, in windows of window_s seconds, of which one begins every
+    LEVEL_HOP_S: (n >= 1,) float64."""
     hop = min(len(waveform), max(1, round(LEVEL_HOP_S * rate)))
     frames = waveform[: len(waveform) // hop * hop].reshape(-1, hop)
     energy = np.var(frames, axis=1, dtype=np.float64)
@@ -621,7 +626,7 @@ def split_at_pauses(
     groups = iter(lambda: list(itertools.islice(blocks, 8)), [])  # to copy the buffer for each block would take long
     for group in itertools.chain(groups, [[]]):  # the empty one is the end
         buffer = np.concatenate([buffer, *group])
-        spare = tail if group else 0  # while more may come, what is left after a cut is no scrap
+        spare = tail if group else 0  # while more may come, at least the shortest tail stays behind a cut
         if start == 0 and len(buffer) <= WINDOW_S * rate + spare:
             continue
         while len(buffer) > longest + spare:
@@ -658,7 +663,7 @@ def read_chunks(
         start, end = first / rate, (first + len(waveform)) / rate
         if rate != SAMPLING_RATE:
             waveform = import_librosa().resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
-        yield start, end, waveform[: WINDOW_S * SAMPLING_RATE]  # rounding may make one sample more
+        yield start, end, waveform[: WINDOW_S * SAMPLING_RATE]  # rounding may add a sample
 
 
 # --- Recognition: chunks -> token ids ---
@@ -677,7 +682,7 @@ def encode(model: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
     A row is NaN where float16 overflowed on the way to the last layer, because transformers clamps what overflows.
     """
     encoder, peaks = model.model.encoder, []
-    n_rows = 1 if model.device.type == "cpu" else len(features)  # a CPU computes out of its caches
+    n_rows = 1 if model.device.type == "cpu" else len(features)  # one row at a time stays in a CPU's caches
     with encoder.layer_norm.register_forward_pre_hook(lambda _, inputs: peaks.append(inputs[0].abs().amax((1, 2)))):
         encoded = torch.cat([encoder(rows).last_hidden_state for rows in features.split(n_rows)])
     clamped = torch.cat(peaks) >= (CLAMPED_FLOAT16 if model.dtype == torch.float16 else math.inf)
@@ -697,10 +702,10 @@ def decode(
 ) -> tuple[list[list[int]], list[float]]:
     """Write the text of each row of an encoder's output, always with the likeliest token, as model.generate does.
 
-    Returns the token ids of each row, without the prompt, to the end of the text or the limit; and how probable it is
-    that a row holds no speech, as openai/whisper takes it: the probability of <|nospeech|>, the token before
-    <|notimestamps|>, after <|startoftranscript|>. model.generate asks the device after every token whether all rows
-    have ended, and so waits for it; here that happens once in CHECK_EVERY tokens. Raises DeviceError for NaN.
+    Returns the token ids of each row, without the prompt, to the end of the text or the limit; and the probability that
+    a row holds no speech: as in openai/whisper that of <|nospeech|>, the id before <|notimestamps|>, after
+    <|startoftranscript|>. model.generate waits for the device after every token, to ask whether all rows have ended;
+    here that happens once in CHECK_EVERY tokens. Raises DeviceError for NaN.
     """
     from transformers import DynamicCache, EncoderDecoderCache
 
@@ -714,7 +719,7 @@ def decode(
         hidden = model.model.decoder(
             input_ids=token_ids, encoder_hidden_states=encoded, past_key_values=cache, cache_position=position
         ).last_hidden_state
-        logits = model.proj_out(hidden[:, :: PROMPT_LENGTH - 1]).float()  # of the prompt, its first and last position
+        logits = model.proj_out(hidden[:, :: PROMPT_LENGTH - 1]).float()  # the prompt's first and last position
         if i == 0:
             no_speech_probs = logits[:, 0].softmax(-1).index_select(1, recognizer.prompt[-1:] - 1)[:, 0]
             if is_bfloat16_cpu(model.device, model.dtype):

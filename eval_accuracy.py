@@ -12,10 +12,10 @@ beside another input, then in its dtype alone. It decodes the first clip once
 more, to the decoder's last position. The reference computes the same tokens, and
 all figures compare the two.
 
-How far the candidate may be off is measured, not guessed: the reference computes
-each clip once more with everything rounded to the dtype, and the device may be
-off by three times what that rounding alone makes. In float32, where rounding
-makes next to nothing, the limit is 0.05 %.
+How far the candidate may be off is measured: the reference computes each clip
+once more with everything rounded to the dtype, and the limit of each error is
+three times the error that this causes. In float32, where rounding causes almost
+none, the limit is 0.05 %.
 
 Exit status: 0 PASS; 1 FAIL; 2 nothing could be evaluated; 130 interrupted.
 """
@@ -34,9 +34,9 @@ import torch
 
 FACTOR = 3  # sound kernels make 0.8 to 1.2 times what rounding alone makes, on the tiny model up to 2.4
 FLOAT32_LIMIT = 5e-4  # sound kernels that err by 1e-5 make 3e-5, the smallest fault that was seeded 3e-3
-LIMITS = {"relative error": 0.01, "encoder error": FLOAT32_LIMIT, "logits error": FLOAT32_LIMIT}  # or more, by rounding
+LIMITS = {"relative error": 0.01, "encoder error": FLOAT32_LIMIT, "logits error": FLOAT32_LIMIT}  # at least
 TO_END = f"to position {common.N_POSITIONS}"
-# What on an NPU makes errors in float32 that are both from so much to so much
+# Ranges of both errors in float32 that a known setting of an NPU causes
 CAUSES = {"HF32 makes as much": (0, 0.002), "GELU in its tanh form makes as much": (0.002, 0.005)}
 
 
@@ -96,9 +96,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "then the report has the character error rate too.")  # fmt: skip
     common.add_model_options(parser, "the evaluation ends with status 2")
     parser.set_defaults(device="npu", dtype="float16")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=256, metavar="N",
-        help=f"The most tokens that a clip may have, from 1 to {common.MAX_NEW_TOKENS}. (default: %(default)s)")
+    add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="Print the report as JSON, in place of the table.")
     return parser.parse_args(argv)
 
@@ -171,8 +169,8 @@ def forbid_hf32(device: torch.device) -> None:
 
 
 def measure(reference, exact, candidate, paths: list[str | None], max_new_tokens: int) -> tuple[list[Clip], list[int]]:
-    """Compare every clip: the clips, and the indices of the recordings that are left out, because they cannot be read
-    or because a failure of the device has ended the evaluation before: nothing that it returns can be believed.
+    """Compare every clip. Returns the clips and the indices of the recordings that are left out: those that cannot be
+    read, and all from the one on at which the device failed, because then nothing that it returns can be believed.
 
     reference, exact and candidate are the model on the CPU, on the device in float32, and there in its dtype; the path
     None means the sweep. Raises SetupError where the reference fails or the device has too little memory.
@@ -261,7 +259,7 @@ def compare_clip(clip: Clip, reference: Reference, exact, candidate, features: t
     """
     device, limit = candidate.model.device, reference.max_new_tokens
     clip.n_tokens, clip.text = len(reference.token_ids), reference.text(reference.token_ids)
-    # Reversed in time it is another input. In this order, a batch that comes back in reverse has it in another row.
+    # Reversed in time it is another input. It stands first, so that rows in reverse order are noticed.
     batch = [features.flip(-1), features, features, features] * (common.default_batch_size(device) // 4)
     runs = [("in float32", exact, [features], limit), ("in a batch", candidate, batch, limit),
             ("alone", candidate, [features], limit)]  # fmt: skip

@@ -27,8 +27,67 @@ import torch
 
 import inference
 
-PAUSE_S = 0.5  # at the end of each 3 s of synthetic audio: there it is cut
+SILENCE_S = 0.4  # at the end of each second of synthetic audio: there it is cut, and so no chunk of it is steady
 STAGES = ("read and resample", "features", "copy to the device", "encoder", "decode", "text", "times")
+
+
+# --- Command ---
+
+
+def numbers(kind: type, high: float) -> Callable[[str], list]:
+    """A type for argparse: numbers from 1 to high, with commas between them."""
+    parse = common.number(kind, 1, high)
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The options; exits with status 2 where they are wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count = common.number(int, 1)
+    add = parser.add_argument_group("input").add_argument
+    add("--audio", nargs="+", action="extend", default=[], metavar="PATH",
+        help="Audio files, which are decoded to their natural end. (default: a sweep of 3 s, 200 to 800 Hz)")
+    add("--batch-sizes", type=numbers(int, 1024), default=[], metavar="N,N...",
+        help="Measure batches of so many full windows too.")  # fmt: skip
+    add("--durations", type=numbers(float, 36_000), default=[], metavar="S,S...",
+        help="Measure sweeps of so many seconds too.")  # fmt: skip
+    common.add_model_options(parser, max_new_tokens=128)
+    add = parser.add_argument_group("measurement").add_argument
+    add("--times", action="store_true", help="Compute times too, as inference.py does for subtitles and JSON.")
+    add("--batch-size", type=count, metavar="N", help="How many chunks are decoded together. (default: 16, on a CPU 8)")
+    add("--warmup", type=count, default=2, metavar="N",
+        help="How many runs come before those that count; the first is the cold one. (default: %(default)s)")
+    add("--runs", type=count, default=10, metavar="N", help="How many runs count. (default: %(default)s)")
+    add("--json", action="store_true", help="Print everything that was measured as JSON, in place of the table.")
+    parser.set_defaults(chunk_length=common.CHUNK_LENGTH_S, no_speech_threshold=inference.NO_SPEECH_THRESHOLD)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    return common.run_script(run, parse_arguments(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what the arguments say; the exit status. Raises SetupError."""
+    args.output_format = "json" if args.times else "txt"
+    started_s = time.perf_counter()
+    device = common.select_device(args.device)
+    start_s = time.perf_counter() - started_s
+    import transformers  # here, after the device is chosen: seconds that each device's loading would have
+
+    transformers.WhisperForConditionalGeneration  # noqa: B018  (imported when it is used)
+    import_s = time.perf_counter() - started_s - start_s
+    columns = [measure_device(torch.device("cpu"), import_s, args)]
+    if device.type != "cpu":
+        columns.append(measure_device(device, import_s + start_s, args))
+    counts = [[m["n_tokens"] for m in column["measurements"]] for column in columns]
+    report = {
+        "model": args.model, "comparable": counts[0] == counts[-1], "columns": columns,
+        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }  # fmt: skip
+    common.write_stdout(common.report_json(report) if args.json else format_report(report, args))
+    return 0 if report["comparable"] else 1
 
 
 # --- Measuring ---
@@ -41,9 +100,9 @@ def clock(device: torch.device) -> float:
 
 
 def synthesize(path: str, duration_s: float) -> str:
-    """Write sweeps of 3 s, of which the last PAUSE_S are silent, duration_s seconds in all; the path."""
+    """Write sweeps of 3 s, with SILENCE_S at the end of each second, to a file of duration_s seconds; the path."""
     pattern = common.sweep()
-    pattern[-round(PAUSE_S * common.SAMPLING_RATE) :] = 0
+    pattern.reshape(3, -1)[:, -round(SILENCE_S * common.SAMPLING_RATE) :] = 0
     n_left = round(duration_s * common.SAMPLING_RATE)
     with soundfile.SoundFile(path, "w", common.SAMPLING_RATE, 1) as file:
         while n_left > 0:
@@ -77,10 +136,10 @@ def run_stages(recognizer: common.Recognizer, paths: list[str], args, timed: Cal
             chunks += [(start, end, waveform) for start, end, waveform in read if not inference.is_steady(waveform)]
     with timed("features"):
         features = [common.extract_features(recognizer.extractor, waveform) for *_, waveform in chunks]
-    chunks = [
-        inference.Chunk(None, start, end, loud_frames=inference.find_loud_frames(waveform))
-        for start, end, waveform in chunks
-    ]
+        chunks = [
+            inference.Chunk(None, start, end, loud_frames=inference.find_loud_frames(waveform))
+            for start, end, waveform in chunks
+        ]
     for first in range(0, len(chunks), args.batch_size):
         batch = chunks[first : first + args.batch_size]
         with timed("copy to the device"):
@@ -99,12 +158,12 @@ def run_stages(recognizer: common.Recognizer, paths: list[str], args, timed: Cal
                     inference.set_times(chunk, recognizer.tokenizer, of_chunk)
         n_tokens += sum(map(len, token_ids))
     if n_tokens == 0:
-        raise common.SetupError("there is nothing to measure: in all of the audio nothing moves")
+        raise common.SetupError("there is nothing to measure: no chunk of the audio has sound that changes")
     return len(chunks), n_tokens
 
 
 def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: argparse.Namespace) -> dict:
-    """Warm up, then time runs as a whole and stage by stage in turns. Raises SetupError.
+    """Warm up, then time whole runs and runs stage by stage in turns. Raises SetupError.
 
     samples_s are in the order of the runs, without the warm-up; peak_bytes, of the device's memory, is None for a CPU.
     """
@@ -236,68 +295,6 @@ def format_report(report: dict, args: argparse.Namespace) -> str:
         text += f"{column['name']}: {e['device_name']}, {e['threads']} threads on {e['cpus']} CPUs, torch {e['torch']}"
         text += f", torch-npu {e['torch_npu']}, CANN {e['cann']}\n" if e["torch_npu"] else "\n"
     return text + f"peak memory of the process: {report['peak_rss_bytes'] / 1e6:.0f} MB\n"
-
-
-# --- Command ---
-
-
-def numbers(kind: type, high: float) -> Callable[[str], list]:
-    """A type for argparse: numbers from 1 to high, with commas between them."""
-    parse = common.number(kind, 1, high)
-    return lambda text: [parse(part) for part in text.split(",")]
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The options; exits with status 2 where they are wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count = common.number(int, 1)
-    add = parser.add_argument_group("input").add_argument
-    add("--audio", nargs="+", action="extend", default=[], metavar="PATH",
-        help="Audio files, which are decoded to their natural end. (default: a sweep of 3 s, 200 to 800 Hz)")
-    add("--batch-sizes", type=numbers(int, 1024), default=[], metavar="N,N...",
-        help="Measure batches of so many full windows too.")  # fmt: skip
-    add("--durations", type=numbers(float, 36_000), default=[], metavar="S,S...",
-        help="Measure sweeps of so many seconds too.")  # fmt: skip
-    common.add_model_options(parser)
-    add = parser.add_argument_group("measurement").add_argument
-    add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=128, metavar="N",
-        help=f"The most tokens that a chunk may have, from 1 to {common.MAX_NEW_TOKENS}; synthetic audio gets all. "
-        "(default: %(default)s)")  # fmt: skip
-    add("--times", action="store_true", help="Compute times too, as inference.py does for subtitles and JSON.")
-    add("--batch-size", type=count, metavar="N", help="How many chunks are decoded together. (default: 16, on a CPU 8)")
-    add("--warmup", type=count, default=2, metavar="N",
-        help="How many runs come before those that count; the first is the cold one. (default: %(default)s)")
-    add("--runs", type=count, default=10, metavar="N", help="How many runs count. (default: %(default)s)")
-    add("--json", action="store_true", help="Print everything that was measured as JSON, in place of the table.")
-    parser.set_defaults(chunk_length=common.CHUNK_LENGTH_S, no_speech_threshold=inference.NO_SPEECH_THRESHOLD)
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measure what the arguments say; the exit status. Raises SetupError."""
-    args.output_format = "json" if args.times else "txt"
-    started_s = time.perf_counter()
-    device = common.select_device(args.device)
-    start_s = time.perf_counter() - started_s
-    import transformers  # here, after the device is chosen: seconds that each device's loading would have
-
-    transformers.WhisperForConditionalGeneration  # noqa: B018  (imported when it is used)
-    import_s = time.perf_counter() - started_s - start_s
-    columns = [measure_device(torch.device("cpu"), import_s, args)]
-    if device.type != "cpu":
-        columns.append(measure_device(device, import_s + start_s, args))
-    counts = [[m["n_tokens"] for m in column["measurements"]] for column in columns]
-    report = {
-        "model": args.model, "comparable": counts[0] == counts[-1], "columns": columns,
-        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    }  # fmt: skip
-    common.write_stdout(common.report_json(report) if args.json else format_report(report, args))
-    return 0 if report["comparable"] else 1
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    return common.run_script(run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

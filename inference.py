@@ -47,19 +47,19 @@ FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
 NO_SPEECH_THRESHOLD = 0.7  # openai/whisper's 0.6 lost 6 whole sentences in 1162 inputs, this one 1 (tests/README.md)
-STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # of 475 inputs with speech, the steadiest varies by 4.9 dB (tests/README.md)
-QUIETER_DB = 30  # a pause is that much below the loudest part of a chunk,
-NOISE_DB, VOICE_DB = 8, 12  # or in noise that much above the quietest parts, but that much below the loudest
+STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # least variation of speech; the steadiest of 475 inputs has 4.9 dB
+QUIETER_DB = 30  # what is more than this below the loudest part of a chunk is a pause,
+NOISE_DB, VOICE_DB = 8, 12  # and what is less than NOISE_DB above the noise, and more than VOICE_DB below the loudest
 FRAME_S = 0.02  # of the encoder's output
 CLICK_FRAMES = 5  # of which most are loud where someone speaks: keys and gusts are shorter
-N_HEADS = 10  # of 40, the best in arXiv 2509.09987
+N_HEADS = 10  # attention heads that are used, at most: the best number in arXiv 2509.09987
 FASTEST = 20  # tokens in a second of speech: twice as many as anyone speaks
-LONGEST_TOKEN_S = 2.0  # of loud sound: beyond, the alignment has left something out
+LONGEST_TOKEN_S = 2.0  # of loud sound; a longer token shows that the alignment has missed text
 SHORT_PAUSE_S = 0.2  # ends a token; at 0.3 a sentence that follows after 0.1 s of silence is shown 0.2 s early
 LONG_PAUSE_S = 0.7  # ends a cue
 LINE_CELLS, CUE_LINES = 16, 2  # full-width characters in a line of a subtitle, and lines of it (Netflix: 13 to 16, 2)
 SHORTEST_CUE_S, LONGEST_CUE_S = 1.0, 7.0
-DEVOICED_END_S = 0.15  # for which the last vowel is too faint to be found in noise
+DEVOICED_END_S = 0.15  # added to the end of a cue: a devoiced last vowel is too faint to be found in noise
 SENTENCE_END = r"[。！？!?]+[。！？!?」』）】〉》”\"')\]]*|(?<=\w\w)(?<![A-Z]\w)[.]+[\"')\]”]*(?=\s|$)"  # not U.S.
 # Kinsoku (JIS X 4051), as far as it matters to subtitles
 NOT_FIRST = "、。，．・：；？！」』）】〉》ー々ゝゞぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ…‥〜～,.:;?!)]}%”’ﾞﾟｰ､｡｣･"
@@ -108,9 +108,9 @@ class Chunk:
     token_ids: list[int] = field(default_factory=list)  # of the text, and the end of the text
     no_speech_prob: float | None = None  # None where it was not decoded
     compression_ratio: float = 0.0
-    left_out: bool = True  # because it holds no speech
+    left_out: bool = True  # not in the text: it is steady and was not decoded, or the model finds no speech in it
     token_limit: bool = False  # decoding ended at the token limit: text may be missing
-    looping: bool = False  # decoding was caught in a loop, which the text has once
+    looping: bool = False  # the decoder repeated itself; the text keeps the first turn
     # What set_times finds out:
     token_starts: set[int] = field(default_factory=set)  # the characters of the text that a token begins with
     times: np.ndarray | None = None  # start and end of each character, from the recording's beginning, (n, 2) in s
@@ -130,15 +130,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--task", choices=["transcribe", "translate"], default="transcribe", help="translate gives English or, with "
         "kotoba's bilingual model, the language in --language. (default: %(default)s)")  # fmt: skip
     common.add_model_options(parser)
-    add = parser.add_argument_group("decoding").add_argument
-    add("--max-new-tokens", type=common.number(int, 1, common.MAX_NEW_TOKENS), default=256, metavar="N",
-        help=f"The most tokens that a chunk may have, from 1 to {common.MAX_NEW_TOKENS}. (default: %(default)s)")
+    add = parser.add_argument_group("chunks").add_argument
     add("--chunk-length", type=common.number(float, 1, 30), default=common.CHUNK_LENGTH_S, metavar="SECONDS",
         help="The longest stretch of a recording over 30 s that is decoded at once, 1 to 30. (default: %(default)s)")
     add("--batch-size", type=common.number(int, 1), metavar="N",
         help="How many chunks are decoded together, across recordings too. (default: 16, on a CPU 8)")  # fmt: skip
     add("--no-speech-threshold", type=common.number(float, 0, 1), default=NO_SPEECH_THRESHOLD, metavar="P",
-        help="Leave a chunk out where the model finds it more probable than this that nobody speaks; 1 keeps all. "
+        help="Leave a chunk out where the model's probability that nobody speaks is above P; 1 keeps all. "
         "(default: %(default)s)")  # fmt: skip
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", "-o", metavar="DIR", help="Write files into this folder. (default: write to stdout)")
@@ -155,15 +153,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_with_others(args: argparse.Namespace) -> int:
-    """Run the command as one of torchrun's processes; the exit status of all of them: the worst of theirs.
+    """Run the command as one of torchrun's processes; the worst exit status of all.
 
-    torchrun ends the others as soon as one has failed: so all wait here for the last. Raises SetupError.
+    All wait for the last, because torchrun stops the others when one fails. Raises SetupError.
     """
     try:
         torch.distributed.init_process_group("gloo", timeout=START_TIMEOUT)
         everyone = torch.distributed.new_group(timeout=END_TIMEOUT)
     except (RuntimeError, ValueError, TypeError) as error:
-        remedy = "start with torchrun, or unset what an earlier one left in the environment (TORCHELASTIC_RUN_ID)"
+        remedy = "start with torchrun, or unset TORCHELASTIC_RUN_ID, which an earlier torchrun has left"
         raise common.SetupError(f"torchrun's processes do not find each other ({common.first_line(error)}): {remedy}"
                                 ) from error  # fmt: skip
     status = torch.tensor(common.run_script(run, args))
@@ -218,7 +216,7 @@ def transcribe_files(paths: list[str], outputs: dict[str, list[str]], totals: Co
             failure = error
     common.notice(closing_line(totals, loaded_s - started_s, time.perf_counter() - loaded_s, recognizer.model))
     if failure:
-        remedy = "--output-dir and --skip-existing go on with them"
+        remedy = "run again with --output-dir and --skip-existing"
         raise common.SetupError(f"{failure}; recordings not reached: {n_left} ({remedy})")
 
 
@@ -246,10 +244,10 @@ def progress_bar(paths: list[str]) -> tqdm:
 
 
 def progress(bar: tqdm, totals: Counter, n_recordings: int) -> Callable[[float], None]:
-    """What is to be told the seconds of audio done since the last call: it shows them on the bar or, where that is off,
-    in a line at least every LOG_EVERY_S."""
+    """A function that takes the seconds of audio done since its last call and shows them, on the bar or, without a
+    terminal, in a line every LOG_EVERY_S."""
     started_s = said_s = time.perf_counter()
-    done_s = 0.0
+    done_s, n_before = 0.0, totals["recordings"]  # those that failed before anything was read
 
     def update(seconds: float) -> None:
         """Show that so many seconds more are done."""
@@ -258,7 +256,7 @@ def progress(bar: tqdm, totals: Counter, n_recordings: int) -> Callable[[float],
         bar.update(seconds)
         if bar.disable and (now_s := time.perf_counter()) - said_s >= LOG_EVERY_S:
             said_s = now_s
-            n_done = totals["recordings"] - totals["skipped"]
+            n_done = totals["recordings"] - n_before
             common.notice(f"{done_s:.0f} s of audio done, {n_done} of {n_recordings} recordings, "
                           f"{done_s / (now_s - started_s):.3g} times real time")  # fmt: skip
 
@@ -285,7 +283,7 @@ def count(recording: Recording, totals: Counter) -> None:
 
 
 def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, model=None) -> str:
-    """What was done, how fast and on what, and what to be careful with: only what is not zero."""
+    """How much was done, how fast and on what, and the counts that are not zero."""
     n_recordings, audio_s = totals["recordings"] + totals["skipped"], totals["audio_s"]
     line = f"{n_recordings} recording{'s' * (n_recordings != 1)}"
     line += "".join(f", {totals[name]} {name}" for name in ("failed", "skipped") if totals[name])
@@ -308,28 +306,26 @@ def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Recording]]:
     """
     found, failed = {}, []  # found: real path to path and relative path
     for argument in arguments:
-        if not os.path.isdir(argument):
+        here, searched, unreadable = {argument: os.path.basename(argument)}, set(), []
+        if os.path.isdir(argument):
+            here = {}
+            for folder, folders, names in os.walk(argument, onerror=unreadable.append, followlinks=True):
+                folders.sort()
+                if (real := os.path.realpath(folder)) in searched:  # a link to where the search has been
+                    folders.clear()
+                    continue
+                searched.add(real)
+                paths = (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
+                here |= {p: os.path.relpath(p, argument) for p in paths if p.lower().endswith(AUDIO_EXTENSIONS)}
+            failed += [Recording(error.filename, error=error.strerror) for error in unreadable]
+            if not here and not unreadable:
+                failed.append(Recording(argument, error=f"no audio in this folder ({' '.join(AUDIO_EXTENSIONS)})"))
+        for path, relative in here.items():
             try:
-                common.check_file(argument)
-                found.setdefault(os.path.realpath(argument), (argument, os.path.basename(argument)))
+                common.check_file(path)
+                found.setdefault(os.path.realpath(path), (path, relative))
             except common.AudioError as error:
-                failed.append(Recording(argument, error=str(error)))
-            continue
-        n_found, searched, unreadable = 0, set(), []
-        for folder, folders, names in os.walk(argument, onerror=unreadable.append, followlinks=True):
-            folders.sort()
-            if (real := os.path.realpath(folder)) in searched:  # a link to where the search has been
-                folders.clear()
-                continue
-            searched.add(real)
-            for name in sorted(names):
-                if name.lower().endswith(AUDIO_EXTENSIONS) and not name.startswith("."):
-                    path = os.path.join(folder, name)
-                    found.setdefault(os.path.realpath(path), (path, os.path.relpath(path, argument)))
-                    n_found += 1
-        failed += [Recording(error.filename, error=error.strerror) for error in unreadable]
-        if not n_found and not unreadable:
-            failed.append(Recording(argument, error=f"no audio in this folder ({' '.join(AUDIO_EXTENSIONS)})"))
+                failed.append(Recording(path, error=str(error)))
     return dict(found.values()), failed
 
 
@@ -347,7 +343,7 @@ def output_names(inputs: dict[str, str]) -> dict[str, str]:
 
 
 def plan_outputs(inputs: dict[str, str], args: argparse.Namespace) -> tuple[dict[str, list[str]], list[Recording]]:
-    """The paths of the output files of each input, none where it goes to stdout; and the inputs that cannot have them.
+    """The paths of each input's output files, none where the text goes to stdout; and the inputs that cannot have any.
 
     Makes the folder that they are for. Raises SetupError where it cannot, or where an output is one of the inputs.
     """
@@ -357,8 +353,6 @@ def plan_outputs(inputs: dict[str, str], args: argparse.Namespace) -> tuple[dict
         return {path: [] for path in inputs}, []
     try:
         os.makedirs(args.output_dir, exist_ok=True)
-    except FileExistsError:
-        raise common.SetupError(f"--output-dir {args.output_dir}: there is a file of that name") from None
     except OSError as error:
         raise common.SetupError(f"--output-dir {args.output_dir}: {error.strerror}") from error
     if not os.access(args.output_dir, os.W_OK | os.X_OK):
@@ -379,36 +373,6 @@ def plan_outputs(inputs: dict[str, str], args: argparse.Namespace) -> tuple[dict
     return outputs, failed
 
 
-def write_whole(path: str, content: str) -> None:
-    """Write a UTF-8 file so that it is there whole or not at all, however the program ends. Raises OSError."""
-    path = os.path.realpath(path)  # a link stays one
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(16)}.part")  # no other process has this one
-    try:
-        with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # else it may be there and empty after a power cut
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-
-def deliver(recording: Recording, outputs: list[str], args: argparse.Namespace) -> None:
-    """Write a recording's output files, or to stdout where it has none; what fails becomes its error."""
-    if not outputs and args.many and args.output_format == "txt":
-        path = common.one_line(recording.path)
-        common.write_stdout(f"{path}\t{full_text(recording, args.text_language)}\n")
-    elif not outputs:
-        common.write_stdout(render(recording, args.output_format, args.text_language))
-    for output in outputs:
-        try:
-            write_whole(output, render(recording, output.rpartition(".")[2], args.text_language))
-        except OSError as error:
-            recording.error = f"cannot write {output}: {error.strerror}"
-
-
 # --- Recognition: recordings -> chunks -> batches -> texts ---
 
 
@@ -426,7 +390,7 @@ def transcribe(
     device = recognizer.model.device
     batch_size = fitting = args.batch_size or common.default_batch_size(device)
     chunks = read_recordings(paths, recognizer.extractor, args.chunk_length)
-    if device.type != "cpu":  # whose OpenMP threads would wait for each other: half the speed
+    if device.type != "cpu":  # where the reader and the model would compete for the cores: half the speed
         chunks = ahead(chunks, batch_size)
     for batch in batches(chunks, batch_size):
         try:
@@ -457,8 +421,6 @@ def read_recordings(paths: Iterable[str], extractor, chunk_length_s: float) -> I
                     chunk.loud_frames = find_loud_frames(waveform)
         except (common.AudioError, common.SetupError) as error:
             recording.error = str(error)
-        except MemoryError:
-            recording.error = "there is not enough memory to read it"
         except Exception as error:
             recording.error = f"cannot be read ({type(error).__name__}: {common.first_line(error)})"
         if chunk is None:
@@ -470,7 +432,7 @@ def read_recordings(paths: Iterable[str], extractor, chunk_length_s: float) -> I
 def is_steady(waveform: np.ndarray) -> bool:
     """Whether a waveform at SAMPLING_RATE is so steady that nobody speaks in it, however loud: silence, hum, noise.
 
-    A second or less may be too short to tell, unless it is digital silence.
+    Less than a second is too short to tell, unless it is digital silence.
     """
     levels = common.mean_squares(waveform, common.SAMPLING_RATE, STEADY_WINDOW_S)
     steady = levels.max() <= np.percentile(levels, 10) * 10 ** (STEADY_DB / 10)
@@ -502,7 +464,7 @@ def ahead(items: Iterable, n: int) -> Iterator:
 
 
 def batches(chunks: Iterable[Chunk], batch_size: int) -> Iterator[list[Chunk]]:
-    """The chunks in lists, with batch_size of them to decode in each and those without features beside."""
+    """Lists of chunks: each has batch_size chunks with features, and the chunks without features between them."""
     batch, n_features = [], 0
     for chunk in chunks:
         if chunk.features is not None and n_features == batch_size:
@@ -514,7 +476,7 @@ def batches(chunks: Iterable[Chunk], batch_size: int) -> Iterator[list[Chunk]]:
 
 
 def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, args: argparse.Namespace) -> int:
-    """Set the texts of chunks and, where the output format has them, times; the batch size that fitted the device.
+    """Set the texts and, where the output format has them, the times of chunks; returns the batch size that fitted.
 
     Where the device is out of memory the batch is halved. Raises DeviceError.
     """
@@ -550,7 +512,7 @@ def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: in
 
 
 def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float, no_speech_threshold: float) -> None:
-    """Set the text of a chunk, and what is to be said of it, from what was decoded."""
+    """Set the text of a chunk and its marks, from what was decoded."""
     end = tokenizer.eos_token_id
     data = tokenizer.decode(ids, skip_special_tokens=True).strip().encode()
     chunk.compression_ratio = len(data) / len(zlib.compress(data))
@@ -564,7 +526,7 @@ def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float, no_
 
 
 def without_loop(ids: list[int]) -> list[int]:
-    """Token ids that may end in a loop, which is a unit that comes three times or more, with its first turn alone."""
+    """Token ids without the repetitions at their end: a unit that comes three times or more is kept once."""
     n_repeated = 0
     for n in range(1, len(ids) // 3 + 1):
         run = next((i for i in range(len(ids) - n) if ids[-1 - i] != ids[-1 - i - n]), len(ids) - n)
@@ -611,7 +573,7 @@ def set_times(chunk: Chunk, tokenizer, weights: torch.Tensor) -> None:
     words = spoken_words(runs, text)
     tokens = [i for of_word, _ in words for i in of_word]
     frames = chunk.loud_frames[chunk.loud_frames < weights.shape[-1]]
-    if len(tokens) > FASTEST * FRAME_S * len(frames):  # a bang has made the speech look quiet
+    if len(tokens) > FASTEST * FRAME_S * len(frames):  # a bang, next to which the speech looks quiet: use all frames
         frames = np.arange(min(weights.shape[-1], math.ceil((chunk.end - chunk.start) / FRAME_S)))
     token_of_frame = align(weights[:, [*tokens, len(chunk.token_ids) - 1]], frames) if tokens else None
     chunk.aligned, times, n_done = token_of_frame is not None, spread(frames, len(text)), 0
@@ -639,7 +601,7 @@ def token_runs(tokenizer, ids: list[int], text: str) -> list[tuple[range, range]
 def spoken_words(runs: list[tuple[range, range]], text: str) -> list[tuple[list[int], int]]:
     """The runs of token_runs that are spoken: (indices of tokens, index of the character after them).
 
-    Signs and spaces have no sound: their characters go with the tokens before them, opening brackets with those after.
+    Punctuation and spaces are not spoken: they go with the tokens before them, opening brackets with those after.
     """
     words = []
     for tokens, characters in runs:
@@ -728,7 +690,7 @@ def cues_of(recording: Recording) -> list[Cue]:
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
-    """Where the sentences of a text begin and end; signs alone are none."""
+    """Where the sentences of a text begin and end; punctuation alone is no sentence."""
     edges = [0]
     for match in re.finditer(SENTENCE_END, text):
         done, rest = text[edges[-1] : match.end()], text[match.end() :]
@@ -778,7 +740,7 @@ def split_sentence(chunk: Chunk, first: int, end: int, qualities: list[int]) -> 
 
 
 def break_lines(text: str, qualities: list[int]) -> list[str]:
-    """The lines of a text, as few as there can be, broken at the best places; qualities: of those in the text."""
+    """The lines of a text, as few as there can be, broken at the best places; qualities are those of its characters."""
     lines, first = [], 0
     while (rest := cells(text[first:])) > LINE_CELLS:
         fitting = [i for i in range(first + 1, len(text)) if cells(text[first:i]) <= LINE_CELLS]
@@ -795,7 +757,37 @@ def cells(text: str) -> float:
     return sum(1 if unicodedata.east_asian_width(character) in "WF" else 0.5 for character in text.strip())
 
 
-# --- Output formats ---
+# --- Output ---
+
+
+def deliver(recording: Recording, outputs: list[str], args: argparse.Namespace) -> None:
+    """Write a recording's output files, or to stdout where it has none; what fails becomes its error."""
+    if not outputs and args.many and args.output_format == "txt":
+        path = common.one_line(recording.path)
+        common.write_stdout(f"{path}\t{full_text(recording, args.text_language)}\n")
+    elif not outputs:
+        common.write_stdout(render(recording, args.output_format, args.text_language))
+    for output in outputs:
+        try:
+            write_whole(output, render(recording, output.rpartition(".")[2], args.text_language))
+        except OSError as error:
+            recording.error = f"cannot write {output}: {error.strerror}"
+
+
+def write_whole(path: str, content: str) -> None:
+    """Write a UTF-8 file so that it is there whole or not at all, however the program ends. Raises OSError."""
+    path = os.path.realpath(path)  # a link stays one
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(16)}.part")  # no other process has this one
+    try:
+        with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else it may be there and empty after a power cut
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 def render(recording: Recording, extension: str, language: str) -> str:
@@ -851,7 +843,8 @@ def json_content(recording: Recording, cues: list[Cue], language: str) -> dict:
         for i, cue in enumerate(cues)
     ]  # fmt: skip
     left_out = [
-        {"start": round(c.start, 3), "end": round(c.end, 3), "text": c.text, "no_speech_prob": c.no_speech_prob}
+        {"start": round(c.start, 3), "end": round(c.end, 3), "text": c.text,
+         "no_speech_prob": None if c.no_speech_prob is None else round(c.no_speech_prob, 3)}
         for c in recording.chunks if c.left_out
     ]  # fmt: skip
     return {

@@ -410,6 +410,15 @@ def test_bytes_behind_a_recording_that_ffmpeg_reads_are_counted_too(tmp_path, ff
     assert read(path)[2] == [f"{n_bytes} bytes behind the end that its header declares were not read"]
 
 
+@pytest.mark.parametrize("format", ["WAV", "AIFF"])
+def test_bytes_that_are_missing_are_counted(tmp_path, format):
+    """A copy that was broken off; the header still tells the length."""
+    path = Path(write(tmp_path / "a", np.random.default_rng(0).normal(0, 0.1, 60 * RATE), format=format))
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: size // 2])
+    assert read(path)[2] == [f"{size - size // 2} bytes that its header declares are missing at the end"]
+
+
 def test_what_ffmpeg_cannot_read_is_one_line(tmp_path, ffmpeg):
     (tmp_path / "text.m4a").write_text("こんにちは" * 100)
     assert error_of(tmp_path / "text.m4a").startswith("no sound in it that ffmpeg can read (")

@@ -76,7 +76,7 @@ def test_several_processes_share_an_npu(corpus, tmp_path):
 def test_a_failed_file_fails_the_run_but_ends_no_other_process(corpus, tmp_path):
     """torchrun ends all processes as soon as one has failed: here the one that has nothing but a bad file."""
     folder, texts = corpus
-    (tmp_path / "bad.wav").write_bytes(b"bad" * 1_000_000)  # the longest file, alone in its share
+    (tmp_path / "bad.wav").write_bytes(b"bad" * 1_000_000)  # the longest file, the first of its share
     result = torchrun("--audio", tmp_path / "bad.wav", folder, "-o", tmp_path / "out", "--device", "cpu")
     assert result.returncode == 1
     assert "6 recordings, 1 failed, " in lines_of(result, 0)[-1] and "5 recordings, " in lines_of(result, 1)[-1]
@@ -103,10 +103,13 @@ def test_a_machine_that_fails_ends_no_other(corpus, tmp_path):
     assert all((tmp_path / "out" / f"{name}.txt").exists() for name in texts)
 
 
-def test_an_absent_file_is_reported_by_one_process(corpus, tmp_path):
-    result = torchrun("--audio", "absent.wav", corpus[0] / "0.wav", "-o", tmp_path, "--device", "cpu")
-    assert result.returncode == 1 and result.stderr.count("absent.wav: no such file") == 1
-    assert (tmp_path / "0.txt").exists() and lines_of(result, 1) == ["0 recordings"]
+def test_what_is_no_file_is_reported_by_one_process(corpus, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "dangling.wav").symlink_to("nowhere")
+    inputs = ["absent.wav", corpus[0] / "0.wav", tmp_path / "in"]
+    result = torchrun("--audio", *inputs, "-o", tmp_path / "out", "--device", "cpu")
+    assert result.returncode == 1 and result.stderr.count(".wav: no such file") == 2
+    assert (tmp_path / "out" / "0.txt").exists() and lines_of(result, 1) == ["0 recordings"]
 
 
 def test_several_processes_need_an_output_dir(corpus):

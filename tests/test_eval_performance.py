@@ -26,7 +26,7 @@ def table(text: str) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def on_both() -> tuple[dict[str, list[str]], dict]:
     """The table and the JSON of two runs."""
-    options = [*QUICK, "--batch-sizes", "1,3", "--durations", "3,15,62.5"]
+    options = [*QUICK, "--batch-sizes", "1,3", "--durations", "1,15,62.5"]
     results = [run("eval_performance.py", *options, *json, environment=FAKE) for json in ([], ["--json"])]
     assert [(result.returncode, result.stderr) for result in results] == [(0, ""), (0, "")]
     return results[0].stdout, json.loads(results[1].stdout)
@@ -41,7 +41,7 @@ def test_cpu_and_npu_do_equal_work(on_both):
     cpu, npu = (column["measurements"] for column in report["columns"])
     # One token limit for each chunk, of which there are 1, 1, 3, 1, 1 and, at the pauses, 5 in 62.5 s.
     assert [m["n_tokens"] for m in cpu] == [m["n_tokens"] for m in npu] == [9, 9, 27, 9, 9, 45]
-    assert [m["audio_s"] for m in cpu] == [3, 30, 90, 3, 15, 62.5]
+    assert [m["audio_s"] for m in cpu] == [3, 30, 90, 1, 15, 62.5]
     assert all(len(m["samples_s"]) == 2 and min(m["samples_s"]) > 0 for m in cpu + npu)
     assert all(m["peak_bytes"] is None for m in cpu) and all(m["peak_bytes"] is not None for m in npu)
 
@@ -178,7 +178,7 @@ def test_wrong_options(options, words, capsys):
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content, words", [(None, "no such file"), ("silence", "in all of the audio nothing moves"),
+@pytest.mark.parametrize("content, words", [(None, "no such file"), ("silence", "has sound that changes"),
                                             ("text", "a.wav: no")])  # fmt: skip
 def test_audio_that_cannot_be_measured(tmp_path, content, words):
     """With ffmpeg there is "no sound in it", without "not audio"."""

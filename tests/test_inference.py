@@ -237,7 +237,7 @@ def test_inputs_are_checked_before_the_model_is_loaded(tmp_path, infer, no_model
 def test_outputs_are_checked_before_the_model_is_loaded(tmp_path, audio, infer, no_model):
     (tmp_path / "file").touch()
     status, _, err = infer("--audio", audio / "hello.wav", "-o", tmp_path / "file")
-    assert status == 2 and "there is a file of that name" in one_line(err)
+    assert status == 2 and "File exists" in one_line(err)
     status, _, err = infer("--audio", audio / "hello.wav", "-o", tmp_path / "file" / "below")
     assert status == 2 and "Not a directory" in one_line(err)
 
@@ -472,9 +472,9 @@ def test_a_progress_bar_in_seconds_of_audio(audio):
 
 def test_a_long_run_without_a_terminal_says_something_every_minute(audio, infer, monkeypatch):
     monkeypatch.setattr(inference, "LOG_EVERY_S", 0)
-    status, _, err = infer("--audio", audio)
-    *lines, _ = err.splitlines()
-    assert status == 0 and len(lines) == 6  # a chunk or a recording each
+    status, _, err = infer("--audio", audio, "absent.wav")
+    error, *lines, _ = err.splitlines()
+    assert status == 1 and "absent.wav" in error and len(lines) == 6  # a chunk or a recording each
     assert re.fullmatch(r"inference\.py: \d+ s of audio done, 2 of 3 recordings, [\d.e+]+ times real time", lines[-1])
 
 
