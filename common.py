@@ -11,9 +11,11 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -24,7 +26,13 @@ from tqdm import tqdm
 # Else `import torch` fails where torch_npu is installed and CANN is not; import_torch_npu turns that into one line.
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else the C++ of torch writes a backtrace for what it raises
-import torch
+is_main_thread, on_interrupt = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
+if is_main_thread and on_interrupt != signal.SIG_IGN:  # in the seconds of this import no traceback is of use
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import torch  # noqa: E402
+
+if is_main_thread:
+    signal.signal(signal.SIGINT, on_interrupt)
 
 MODEL = "kotoba-tech/kotoba-whisper-v2.0"
 SAMPLING_RATE, WINDOW_S = 16_000, 30  # of every Whisper, Hz and s
@@ -316,11 +324,15 @@ def download_model(name: str) -> str:
     """The folder with the files of a model on the hub, downloaded if they are not there yet. Raises SetupError."""
     import huggingface_hub
 
+    if os.path.exists(name):
+        raise SetupError(f"--model {name}: this is a file, not the folder of a model")
     try:
         patterns = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     except huggingface_hub.errors.HFValidationError as error:
         raise SetupError(f"--model {name}: no such folder, and no model id of the form owner/name") from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        reason = f"{first_line(error)}: the hub has no such model, or you have to log in first (hf auth login)"
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         reason = f"{first_line(error.__cause__ or error)}: set HF_ENDPOINT=https://hf-mirror.com, or name a folder "
         reason += "that has the model with --model"
@@ -421,6 +433,7 @@ def load_model(
     """
     import transformers
 
+    transformers.logging.set_verbosity_error()  # what it warns of is checked here, and said in one line
     folder, fast_on_cpu = name if os.path.isdir(name) else download_model(name), is_bfloat16_cpu(device, dtype)
     try:
         generation = transformers.GenerationConfig.from_pretrained(folder)
@@ -438,7 +451,7 @@ def load_model(
         token_mask[:, generation.suppress_tokens or []] = -math.inf
         token_mask[0, generation.begin_suppress_tokens or []] = -math.inf
     except Exception as error:  # broken files raise OSError, ValueError, KeyError, SafetensorError and others
-        raise SetupError(f"cannot load the model {name}: {first_line(error)}") from error
+        raise SetupError(f"cannot load the model {name}: {first_line(error)} (is its folder complete?)") from error
     with device_errors(device):
         model = model.to(device)
         if fast_on_cpu:
@@ -489,7 +502,7 @@ def mix_down(block: np.ndarray) -> np.ndarray:
 
 
 def sound_blocks(sound: soundfile.SoundFile, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of an open file up to where it is damaged, as read_blocks gives them.
+    """The samples of an open file up to where it is damaged, as read_blocks gives them; returns whether it is whole.
 
     Raises AudioError, and LibsndfileError where there is not one sample before the damage.
     """
@@ -504,8 +517,10 @@ def sound_blocks(sound: soundfile.SoundFile, warn: Callable[[str], None]) -> Ite
         if n_read == 0:
             raise
         warn(f"damaged after {n_read / rate:.0f} s ({error.error_string}): what follows is lost")
+        return False
     if sound.format == "OGG" and n_read < sound.frames < UNKNOWN_LENGTH:
         warn(f"damaged: {n_read / rate:.0f} of {sound.frames / rate:.0f} s can be read")
+    return True
 
 
 def ffmpeg_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
@@ -516,10 +531,13 @@ def ffmpeg_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int,
     """
     with open(path, "rb") as file:
         head = file.read(8)
-    # async=1 fills gaps of the clock with silence. Formats without a clock, MP3, AAC, AC-3 and Ogg, would lose sound by
-    # it where their sampling rate changes. first_pts=0 keeps the silence before a sound that begins later than the
-    # picture, in MP4 and Matroska; in broadcast streams it would repeat sound where the format changes.
-    filters = "anull" if re.match(rb"ID3|\xff[\xe0-\xff]|\x0b\x77|OggS", head) else "aresample=async=1"
+    # async=1 fills gaps of the clock with silence, but drops sound where the clock stands or steps back: so each frame
+    # begins when the clock says or, if that is later, at the end of the frame before, which is kept in variable 0.
+    filters = "asetpts='st(1,max(PTS,ld(0)));st(0,ld(1)+S/SR/TB);ld(1)',aresample=async=1"
+    if re.match(rb"ID3|\xff[\xe0-\xff]|\x0b\x77", head):  # MP3, AAC and AC-3 have no clock
+        filters = "anull"
+    # first_pts=0 keeps the silence before a sound that begins later than the picture, in MP4 and Matroska; in broadcast
+    # streams it would repeat sound where the format changes.
     if re.match(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3", head, re.DOTALL):
         filters += ":first_pts=0"
     # file: keeps a name like concat:x from being taken for a protocol. A jump of a transport stream's clock by up to
@@ -537,7 +555,8 @@ def ffmpeg_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int,
                 n_read += len(block)
                 yield rate, block
         messages.seek(0)
-        said = messages.readline().decode(errors="replace").strip()
+        lines = (line.decode(errors="replace").strip() for line in messages)
+        said = next((line for line in lines if line and not line.startswith("ERROR: ld.so:")), "")
     if n_read == 0:
         raise AudioError(f"no sound in it that ffmpeg can read ({said or 'it does not say why'})")
     if process.returncode != 0:
@@ -575,15 +594,16 @@ def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, n
     check_file(path)
     has_ffmpeg, problem = shutil.which("ffmpeg") is not None, "it has no samples"
     try:
-        with open(path, "rb", buffering=0) as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
-            blocks = () if has_ffmpeg and sound.format in ("MP3", "OGG") else sound_blocks(sound, warn)
-            n_blocks = 0
-            for item in blocks:
-                n_blocks += 1
-                yield item
-            if n_blocks:
-                warn_of_length(path, file.tell(), warn)
-                return
+        with open(path, "rb", buffering=0) as file:
+            is_for_ffmpeg = has_ffmpeg and re.match(rb"ID3|\xff[\xe0-\xff]|OggS", os.pread(file.fileno(), 4, 0))
+            if not is_for_ffmpeg:
+                with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+                    blocks = sound_blocks(sound, warn)
+                    if first := next(blocks, None):
+                        yield first
+                        if (yield from blocks):
+                            warn_of_length(path, file.tell(), warn)
+                        return
     except soundfile.LibsndfileError as error:
         problem = error.error_string.rstrip(".")
     except OSError as error:

@@ -143,6 +143,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt", help="all, and srt, vtt and tsv of several "
         "recordings, need --output-dir. (default: %(default)s)")  # fmt: skip
     add("--skip-existing", action="store_true", help="Skip the recordings whose outputs are all in --output-dir.")
+    parser.set_defaults(local_rank=0)  # among the processes of torchrun on this machine
     return parser.parse_args(argv)
 
 
@@ -158,9 +159,10 @@ def run_with_others(args: argparse.Namespace) -> int:
     All wait for the last, because torchrun stops the others when one fails. Raises SetupError.
     """
     try:
+        args.local_rank = int(os.environ["LOCAL_RANK"])
         torch.distributed.init_process_group("gloo", timeout=START_TIMEOUT)
         everyone = torch.distributed.new_group(timeout=END_TIMEOUT)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
         remedy = "start with torchrun, or unset TORCHELASTIC_RUN_ID, which an earlier torchrun has left"
         raise common.SetupError(f"torchrun's processes do not find each other ({common.first_line(error)}): {remedy}"
                                 ) from error  # fmt: skip
@@ -170,6 +172,7 @@ def run_with_others(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         common.notice(f"error: another process did not come to its end ({common.first_line(error)})")
         return int(status) or 1
+    torch.distributed.destroy_process_group()
     return int(status)
 
 
@@ -216,7 +219,7 @@ def transcribe_files(paths: list[str], outputs: dict[str, list[str]], totals: Co
             failure = error
     common.notice(closing_line(totals, loaded_s - started_s, time.perf_counter() - loaded_s, recognizer.model))
     if failure:
-        remedy = "run again with --output-dir and --skip-existing"
+        remedy = "a run with --output-dir and --skip-existing goes on with them and with those that failed"
         raise common.SetupError(f"{failure}; recordings not reached: {n_left} ({remedy})")
 
 
@@ -225,8 +228,7 @@ def load(args: argparse.Namespace) -> common.Recognizer:
     if args.task == "translate" and not args.is_bilingual:
         common.notice("kotoba-whisper-v2.0 was trained for Japanese transcription only; to translate, use --model "
                       "kotoba-tech/kotoba-whisper-bilingual-v1.0 with --language en (or ja, from English)")  # fmt: skip
-    local_rank = int(os.environ["LOCAL_RANK"]) if torch.distributed.is_initialized() else 0
-    device = common.select_device(args.device, local_rank)
+    device = common.select_device(args.device, args.local_rank)
     if args.output_format != "txt":
         common.import_librosa()  # here, where it counts as loading and a failure ends the run
     return common.load_model(args.model, device, common.select_dtype(args.dtype, device), args.language, args.task)
@@ -419,7 +421,9 @@ def read_recordings(paths: Iterable[str], extractor, chunk_length_s: float) -> I
                 if not is_steady(waveform):
                     chunk.features = common.extract_features(extractor, waveform)
                     chunk.loud_frames = find_loud_frames(waveform)
-        except (common.AudioError, common.SetupError) as error:
+        except common.SetupError:  # librosa cannot be loaded: the same for all recordings
+            raise
+        except common.AudioError as error:
             recording.error = str(error)
         except Exception as error:
             recording.error = f"cannot be read ({type(error).__name__}: {common.first_line(error)})"

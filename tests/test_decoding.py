@@ -126,9 +126,8 @@ def test_a_config_that_suppresses_nothing(tmp_path, recognizer):
     assert our_rows(ours, waveforms, 20) == our_rows(recognizer, waveforms, 20)
 
 
-@pytest.mark.parametrize("version", ["4.49.0", "4.57.6"])
-def test_the_libraries_have_nothing_to_warn_of(tmp_path, version):
-    model = variant(tmp_path / "model", transformers_version=version)
+def test_the_libraries_have_nothing_to_warn_of(tmp_path):
+    model = variant(tmp_path / "model", transformers_version="4.49.0")
     path = write(tmp_path / "a.wav", synthesize(random_text(np.random.default_rng(3), 60, 6), 44_100), 44_100)
     result = run("inference.py", "--audio", path, "--model", model, "--device", "cpu",
                  environment={"PYTHONWARNINGS": "default", "TRANSFORMERS_VERBOSITY": "info"})  # fmt: skip

@@ -322,9 +322,9 @@ def seed(arguments: list[str], names: list[str]) -> dict[tuple[str, str], dict]:
     command = [sys.executable, "tests/stress/seed_faults.py", "--short", "--max-new-tokens", "20", *arguments, "--only"]
     environment = {**os.environ, "PYTHONPATH": str(FAKE_NPU), "OMP_NUM_THREADS": "1"}
     pipes = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, *names[i::2]], **pipes) for i in (0, 1)]
+    processes = [subprocess.Popen([*command, *names[i::2]], **pipes) for i in range(min(2, len(names)))]
     lines = [line for process in processes for line in process.communicate()[0].splitlines() if line[:1] == "{"]
-    assert [process.returncode for process in processes] == [0, 0]
+    assert {process.returncode for process in processes} == {0}
     return {(row["fault"], row["dtype"]): row for row in map(json.loads, lines)}
 
 
@@ -352,9 +352,10 @@ def test_faults_are_named_and_healthy_devices_pass(clips):
 @needs_fake
 @pytest.mark.skipif(not (REAL / "model").is_dir(), reason="python3 tests/real_whisper/fetch.py brings the model")
 def test_what_only_real_weights_show():
-    names = [*ON_REAL_WEIGHTS, "nothing"]
-    seeded = seed(["--model", str(REAL / "model"), "--audio", str(REAL / "12_business.flac")], names)
-    assert len(seeded) == 6
+    """One of them, for the others take minutes: tests/README.md has all."""
+    arguments = ["--model", str(REAL / "model"), "--audio", str(REAL / "12_business.flac")]
+    seeded = seed(arguments, ["layer_norm_epsilon_small"])
+    assert len(seeded) == 1
     check(seeded)
 
 

@@ -193,9 +193,9 @@ def test_noise_gives_few_false_words(tmp_path, recognizer):
 
 
 def test_fuzz(tmp_path):
-    """100 mutated files; python3 tests/stress/fuzz.py does 2,000."""
-    outcome = fuzz.fuzz(100, seed=1)
-    assert outcome["text"] + outcome["error"] == 100 and outcome["text"] > 10 and outcome["error"] > 10
+    """50 mutated files; python3 tests/stress/fuzz.py does 2,000."""
+    outcome = fuzz.fuzz(50, seed=1)
+    assert outcome["text"] + outcome["error"] == 50 and outcome["text"] > 5 and outcome["error"] > 5
 
 
 def test_a_file_that_hangs_would_be_noticed(monkeypatch):
