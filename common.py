@@ -361,16 +361,21 @@ def prompt_of(generation, tokenizer, language: str, task: str) -> list[int]:
 
 
 def is_bfloat16_cpu(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the model runs with cpu_attention and packed weights."""
+    """Whether the model runs in bfloat16 on a CPU, with packed weights."""
     return device.type == "cpu" and dtype == torch.bfloat16
+
+
+def needs_cpu_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention is cpu_attention: torch's own is slow in bfloat16 on a CPU without AMX, and fast with it."""
+    return is_bfloat16_cpu(device, dtype) and not torch.cpu._is_amx_tile_supported()
 
 
 def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
     """Attention as transformers asks for it, in bfloat16 on a CPU: (batch, n_heads, n, head_dim) each to
     (batch, n, n_heads, head_dim).
 
-    torch's own is slow where the CPU has no AMX. Here a single query, as in decoding, is two products of a matrix and a
-    vector in float32, and the encoder's whole window goes one head at a time, so that its scores stay in the cache.
+    A single query, as in decoding, is two products of a matrix and a vector in float32. The encoder's whole window goes
+    one head at a time, so that its scores stay in the cache.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -434,12 +439,12 @@ def load_model(
     import transformers
 
     transformers.logging.set_verbosity_error()  # what it warns of is checked here, and said in one line
-    folder, fast_on_cpu = name if os.path.isdir(name) else download_model(name), is_bfloat16_cpu(device, dtype)
+    folder = name if os.path.isdir(name) else download_model(name)
     try:
         generation = transformers.GenerationConfig.from_pretrained(folder)
         processor = transformers.WhisperProcessor.from_pretrained(folder)
         prompt = torch.tensor(prompt_of(generation, processor.tokenizer, language, task))
-        model = load_weights(folder, dtype, "cpu_attention" if fast_on_cpu else "sdpa")
+        model = load_weights(folder, dtype, "cpu_attention" if needs_cpu_attention(device, dtype) else "sdpa")
         config, extractor = model.config, processor.feature_extractor
         found = extractor.feature_size, extractor.n_samples, extractor.nb_max_frames, config.max_target_positions
         needed = config.num_mel_bins, WINDOW_S * SAMPLING_RATE, 2 * config.max_source_positions, N_POSITIONS
@@ -454,7 +459,7 @@ def load_model(
         raise SetupError(f"cannot load the model {name}: {first_line(error)} (is its folder complete?)") from error
     with device_errors(device):
         model = model.to(device)
-        if fast_on_cpu:
+        if is_bfloat16_cpu(device, dtype):
             pack_linears(model)
         return Recognizer(model, extractor, processor.tokenizer, prompt.to(device), token_mask.to(device))
 
@@ -742,7 +747,7 @@ def decode(
         logits = model.proj_out(hidden[:, :: PROMPT_LENGTH - 1]).float()  # the prompt's first and last position
         if i == 0:
             no_speech_probs = logits[:, 0].softmax(-1).index_select(1, recognizer.prompt[-1:] - 1)[:, 0]
-            if is_bfloat16_cpu(model.device, model.dtype):
+            if needs_cpu_attention(model.device, model.dtype):
                 for layer in cache.cross_attention_cache.layers:  # laid out once, as cpu_attention reads them fastest
                     layer.keys = layer.keys.float()
                     layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)

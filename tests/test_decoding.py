@@ -85,6 +85,11 @@ class TestCpuKernels:
         not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor does not compute bfloat16"
     )
 
+    @pytest.fixture(autouse=True, params=[True, False], ids=["without AMX", "with AMX"])
+    def amx(self, request, monkeypatch):
+        """Both ways, whatever this processor has."""
+        monkeypatch.setattr(common, "needs_cpu_attention", lambda device, dtype: request.param)
+
     @pytest.mark.parametrize("n_query, n_key, causal", [(1, 1500, False), (1, 7, True), (4, 4, True), (5, 1500, False)])
     def test_the_attention_is_as_exact_as_that_of_torch(self, n_query, n_key, causal):
         torch.manual_seed(0)
@@ -116,7 +121,7 @@ class TestCpuKernels:
 
     def test_the_text_is_that_of_float32(self):
         waveforms, fast = [*map(synthesize, TEXTS)], load(MODEL, torch.bfloat16)
-        assert fast.model.config._attn_implementation == "cpu_attention"
+        assert (fast.model.config._attn_implementation == "cpu_attention") == common.needs_cpu_attention(None, None)
         assert our_rows(fast, waveforms, 20) == our_rows(load(MODEL), waveforms, 20)
 
 
