@@ -261,7 +261,7 @@ def main() -> None:
             convert(path)
     clip = eval_performance.synthesize(str(args.models / "clip.wav"), 3)
     recording = eval_performance.synthesize(str(args.models / "long.wav"), 60 * args.minutes)
-    chunks = [(start, end) for start, end, _ in common.read_chunks(recording, 30)]
+    chunks = [(start, end) for start, end, _ in common.read_chunks(recording, 30, print)]
     n_tokens = round(30 * TOKENS_PER_S)
     names = [name for name in CONTENDERS if any(text in name for text in args.only)]
     contenders = [Contender(name, args.models) for name in names]
