@@ -36,7 +36,6 @@ if is_main_thread:
 
 MODEL = "kotoba-tech/kotoba-whisper-v2.0"
 SAMPLING_RATE, WINDOW_S = 16_000, 30  # of every Whisper, Hz and s
-CHUNK_LENGTH_S = 15  # what the model's authors use
 N_POSITIONS = 448  # of every Whisper decoder
 PROMPT_LENGTH = 4  # the number of tokens in <|startoftranscript|>, language, task, <|notimestamps|>
 MAX_NEW_TOKENS = N_POSITIONS - PROMPT_LENGTH
@@ -105,6 +104,8 @@ def add_model_options(
         "(AMX or AVX512-BF16), else float32. (default: %(default)s)")  # fmt: skip
     add("--max-new-tokens", type=number(int, 1, MAX_NEW_TOKENS), default=max_new_tokens, metavar="N",
         help=f"The most tokens that a chunk may have, from 1 to {MAX_NEW_TOKENS}. (default: %(default)s)")
+    add("--chunk-length", type=number(float, 1, WINDOW_S), default=15, metavar="SECONDS",  # as the model's authors do
+        help=f"The longest stretch that is decoded at once in recordings over {WINDOW_S} s. (default: %(default)s)")
 
 
 def first_line(error: BaseException) -> str:

@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     forbid_hf32(device)
     dtype = common.select_dtype(args.dtype, device)
     places = (torch.device("cpu"), torch.float32), (device, torch.float32), (device, dtype)
-    clips, left_out = measure(*(common.load_model(args.model, *place) for place in places), paths, args.max_new_tokens)
+    clips, left_out = measure(*(common.load_model(args.model, *place) for place in places), paths, args)
     if not clips:
         raise common.SetupError(f"there is nothing to compare: none of {len(paths)} recordings can be read")
     environment = common.environment(device)
@@ -168,7 +168,9 @@ def forbid_hf32(device: torch.device) -> None:
 # --- Measuring ---
 
 
-def measure(reference, exact, candidate, paths: list[str | None], max_new_tokens: int) -> tuple[list[Clip], list[int]]:
+def measure(
+    reference, exact, candidate, paths: list[str | None], args: argparse.Namespace
+) -> tuple[list[Clip], list[int]]:
     """Compare every clip. Returns the clips and the indices of the recordings that are left out: those that cannot be
     read, and all from the one on at which the device failed, because then nothing that it returns can be believed.
 
@@ -180,13 +182,13 @@ def measure(reference, exact, candidate, paths: list[str | None], max_new_tokens
         try:
             chunks = [(0, 3, common.sweep())]
             if path is not None:
-                chunks = common.read_chunks(path, common.CHUNK_LENGTH_S, lambda text, path=path:
+                chunks = common.read_chunks(path, args.chunk_length, lambda text, path=path:
                                             common.notice(f"warning: {path}: {text}"))  # fmt: skip
             for start, end, waveform in chunks:
                 clips.append(Clip(f"{path or 'sweep'}, {start:.1f} to {end:.1f} s", i))
                 common.notice(f"recording {i + 1} of {len(paths)}: {clips[-1].name}")
                 features = common.extract_features(reference.extractor, waveform)
-                expected = Reference(reference, features, candidate.model.dtype, max_new_tokens)
+                expected = Reference(reference, features, candidate.model.dtype, args.max_new_tokens)
                 try:
                     compare_clip(clips[-1], expected, exact, candidate, features, len(clips) == 1)
                 except common.OutOfMemoryError:

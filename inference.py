@@ -130,9 +130,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--task", choices=["transcribe", "translate"], default="transcribe", help="translate gives English or, with "
         "kotoba's bilingual model, the language in --language. (default: %(default)s)")  # fmt: skip
     common.add_model_options(parser)
-    add = parser.add_argument_group("chunks").add_argument
-    add("--chunk-length", type=common.number(float, 1, 30), default=common.CHUNK_LENGTH_S, metavar="SECONDS",
-        help="The longest stretch of a recording over 30 s that is decoded at once, 1 to 30. (default: %(default)s)")
+    add = parser.add_argument_group("batches and silence").add_argument
     add("--batch-size", type=common.number(int, 1), metavar="N",
         help="How many chunks are decoded together, across recordings too. (default: 16, on a CPU 8)")  # fmt: skip
     add("--no-speech-threshold", type=common.number(float, 0, 1), default=NO_SPEECH_THRESHOLD, metavar="P",

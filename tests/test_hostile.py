@@ -125,7 +125,9 @@ def nobody(readable_by_all):
 
 
 def test_no_permission(readable_by_all, request, infer):
-    folder = readable_by_all
+    folder = readable_by_all / "audio"
+    folder.mkdir(mode=0o755)
+    model = ["--model", shutil.copytree(MODEL, readable_by_all / "model")]  # the clone may be its owner's alone
     good = write(folder / "good.wav", hostile.synthesize("さ"))
     secret = write(folder / "secret.wav", hostile.synthesize("さ"))
     (folder / "closed").mkdir()
@@ -133,13 +135,13 @@ def test_no_permission(readable_by_all, request, infer):
     os.chmod(secret, 0)
     os.chmod(folder / "closed", 0)
     os.chmod(folder / "out", 0o555)
-    assert infer("--audio", good)[0] == 0  # what is imported only now may lie where nobody may read
+    assert infer("--audio", good, *model)[0] == 0  # what is imported only now may lie where nobody may read
     request.getfixturevalue("nobody")
-    status, out, err = infer("--audio", folder)
+    status, out, err = infer("--audio", folder, *model)
     assert (status, out) == (1, f"{good}\tさ\n") and "3 recordings, 2 failed, " in err
     assert f"error: {secret}: " in err and f"error: {folder}/closed: Permission denied" in err
     assert "ermission" in next(line for line in err.splitlines() if secret in line)
-    status, out, err = infer("--audio", good, "-o", folder / "out")
+    status, out, err = infer("--audio", good, "-o", folder / "out", *model)
     assert status in (1, 2) and "ermission" in err.splitlines()[0]
 
 
