@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs a process on each core
+# A user without a home, whose packages are somebody else's, has no other place for what numba compiles.
+os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"numba-{os.getuid()}"))
 import common
 import numpy as np
 import pytest
