@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -26,13 +25,10 @@ from tqdm import tqdm
 # Else `import torch` fails where torch_npu is installed and CANN is not; import_torch_npu turns that into one line.
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else the C++ of torch writes a backtrace for what it raises
-is_main_thread, on_interrupt = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
-if is_main_thread and on_interrupt != signal.SIG_IGN:  # in the seconds of this import no traceback is of use
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback in the seconds of the next import
 import torch  # noqa: E402
 
-if is_main_thread:
-    signal.signal(signal.SIGINT, on_interrupt)
+signal.signal(signal.SIGINT, on_interrupt)
 
 MODEL = "kotoba-tech/kotoba-whisper-v2.0"
 SAMPLING_RATE, WINDOW_S = 16_000, 30  # of every Whisper, Hz and s
@@ -361,14 +357,9 @@ def prompt_of(generation, tokenizer, language: str, task: str) -> list[int]:
     return ids
 
 
-def is_bfloat16_cpu(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the model runs in bfloat16 on a CPU, with packed weights."""
-    return device.type == "cpu" and dtype == torch.bfloat16
-
-
 def needs_cpu_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention is cpu_attention: torch's own is slow in bfloat16 on a CPU without AMX, and fast with it."""
-    return is_bfloat16_cpu(device, dtype) and not torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
 
 
 def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
@@ -460,7 +451,7 @@ def load_model(
         raise SetupError(f"cannot load the model {name}: {first_line(error)} (is its folder complete?)") from error
     with device_errors(device):
         model = model.to(device)
-        if is_bfloat16_cpu(device, dtype):
+        if device.type == "cpu" and dtype == torch.bfloat16:
             pack_linears(model)
         return Recognizer(model, extractor, processor.tokenizer, prompt.to(device), token_mask.to(device))
 
