@@ -177,7 +177,7 @@ def measure(
     reference, exact and candidate are the model on the CPU, on the device in float32, and there in its dtype; the path
     None means the sweep. Raises SetupError where the reference fails or the device has too little memory.
     """
-    clips, left_out = [], []
+    clips, left_out, other = [], [], None
     for i, path in enumerate(paths):
         try:
             chunks = [(0, 3, common.sweep())]
@@ -189,8 +189,10 @@ def measure(
                 common.notice(f"recording {i + 1} of {len(paths)}: {clips[-1].name}")
                 features = common.extract_features(reference.extractor, waveform)
                 expected = Reference(reference, features, candidate.model.dtype, args.max_new_tokens)
+                # The first clip reversed in time is another input, which shares all batches.
+                other = other or Reference(reference, features.flip(-1), candidate.model.dtype, args.max_new_tokens)
                 try:
-                    compare_clip(clips[-1], expected, exact, candidate, features, len(clips) == 1)
+                    compare_clip(clips[-1], expected, other, exact, candidate, len(clips) == 1)
                 except common.OutOfMemoryError:
                     raise
                 except common.DeviceError as error:
@@ -227,7 +229,8 @@ class Reference:
 
     def __init__(self, recognizer: common.Recognizer, features, dtype: torch.dtype, max_new_tokens: int):
         """Decode the clip, and encode it once more with rounding. Raises DeviceError."""
-        self.recognizer, self.rounded, self.max_new_tokens, self.known = recognizer, Rounded(dtype), max_new_tokens, {}
+        self.recognizer, self.features, self.max_new_tokens = recognizer, features, max_new_tokens
+        self.rounded, self.known = Rounded(dtype), {}
         [self.token_ids], _, self.encoded = common.generate(recognizer, [features], max_new_tokens)
         with torch.inference_mode(), self.rounded:
             self.encoded_rounded = recognizer.model.model.encoder(features).last_hidden_state
@@ -254,29 +257,30 @@ class Reference:
         return Computed(encoded[0], model.proj_out(hidden[0, common.PROMPT_LENGTH - 1 :]))
 
 
-def compare_clip(clip: Clip, reference: Reference, exact, candidate, features: torch.Tensor, to_end: bool) -> None:
+def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, candidate, to_end: bool) -> None:
     """Hold the device, in float32 and in its dtype, against the reference. Raises DeviceError.
 
-    Where to_end is True, the device decodes the clip to the decoder's last position too, beyond the end of its text.
+    other is another input, which shares the batch. Where to_end is True, the device decodes the clip to the decoder's
+    last position too, beyond the end of its text.
     """
     device, limit = candidate.model.device, reference.max_new_tokens
     clip.n_tokens, clip.text = len(reference.token_ids), reference.text(reference.token_ids)
-    # Reversed in time it is another input. It stands first, so that rows in reverse order are noticed.
-    batch = [features.flip(-1), features, features, features] * (common.default_batch_size(device) // 4)
-    runs = [("in float32", exact, [features], limit), ("in a batch", candidate, batch, limit),
-            ("alone", candidate, [features], limit)]  # fmt: skip
+    # The other input stands first, so that rows in reverse order are noticed.
+    batch = [other, reference, reference, reference] * (common.default_batch_size(device) // 4)
+    runs = [("in float32", exact, [reference], limit), ("in a batch", candidate, batch, limit),
+            ("alone", candidate, [reference], limit)]  # fmt: skip
     if to_end:
-        runs.append((TO_END, common.endless(candidate), [features], common.MAX_NEW_TOKENS))
+        runs.append((TO_END, common.endless(candidate), [reference], common.MAX_NEW_TOKENS))
     for how, recognizer, rows, max_new_tokens in runs:
         figures = []
-        for token_ids, computed in decode(recognizer, rows, features, max_new_tokens):
-            expected, rounding = reference.computed(token_ids)
+        for row, (token_ids, computed) in zip(rows, decode(recognizer, rows, max_new_tokens), strict=True):
+            expected, rounding = row.computed(token_ids)
             of_row = limited(compare(expected, computed), rounding, f"{clip.name}, {how}", recognizer is exact)
             figures += of_row
             if how != TO_END:
-                clip.candidate_text = reference.text(token_ids)
+                clip.candidate_text = reference.text(token_ids) if row is reference else clip.candidate_text
                 is_sound = not any(figure.is_fault for figure in of_row)
-                note_difference(clip, reference, token_ids, expected.logits, computed.logits, is_sound, how)
+                note_difference(clip, row, token_ids, expected.logits, computed.logits, is_sound, how)
         clip.figures += worst(figures)
         clip.faults += describe_faults(worst(figures), how)
     with common.device_errors(device):
@@ -285,20 +289,20 @@ def compare_clip(clip: Clip, reference: Reference, exact, candidate, features: t
 
 
 def decode(
-    recognizer: common.Recognizer, rows: list[torch.Tensor], features: torch.Tensor, max_new_tokens: int
+    recognizer: common.Recognizer, rows: list[Reference], max_new_tokens: int
 ) -> Iterator[tuple[list[int], Computed]]:
-    """Decode a batch as inference.py does: token ids and what was computed, of each row that is features.
+    """Decode a batch of the rows' features as inference.py does: token ids and what was computed, of each row.
 
     Raises DeviceError.
     """
     model, steps = recognizer.model, []
     with model.proj_out.register_forward_hook(lambda module, inputs, output: steps.append(output[:, -1])):
-        token_ids, _, encoded = common.generate(recognizer, rows, max_new_tokens)
+        token_ids, _, encoded = common.generate(recognizer, [row.features for row in rows], max_new_tokens)
     exist = range(model.config.vocab_size)
     if len(token_ids) != len(rows) or not all(i in exist for ids in token_ids for i in ids):
         raise common.DeviceError(f"{model.device} gives {len(token_ids)} rows for a batch of {len(rows)}, or token ids "
                                  "that do not exist")  # fmt: skip
-    for i in (i for i, row in enumerate(rows) if row is features):
+    for i in range(len(rows)):
         with torch.inference_mode(), common.device_errors(model.device):
             logits = torch.stack([step[i] for step in steps[: len(token_ids[i])]])
             computed = Computed(encoded[i].cpu(), logits.cpu())

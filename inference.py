@@ -134,8 +134,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=common.number(int, 1), metavar="N",
         help="How many chunks are decoded together, across recordings too. (default: 16, on a CPU 8)")  # fmt: skip
     add("--no-speech-threshold", type=common.number(float, 0, 1), default=NO_SPEECH_THRESHOLD, metavar="P",
-        help="Leave a chunk out where the model's probability that nobody speaks is above P; 1 keeps all. "
-        "(default: %(default)s)")  # fmt: skip
+        help="Leave a chunk out where the model's probability that nobody speaks is above P; 1 keeps all, "
+        "steady sound too. (default: %(default)s)")  # fmt: skip
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", "-o", metavar="DIR", help="Write files into this folder. (default: write to stdout)")
     add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt", help="all, and srt, vtt and tsv of several "
@@ -389,7 +389,7 @@ def transcribe(
     """
     device = recognizer.model.device
     batch_size = fitting = args.batch_size or common.default_batch_size(device)
-    chunks = read_recordings(paths, recognizer.extractor, args.chunk_length)
+    chunks = read_recordings(paths, recognizer.extractor, args)
     if device.type != "cpu":  # where the reader and the model would compete for the cores: half the speed
         chunks = ahead(chunks, batch_size)
     for batch in batches(chunks, batch_size):
@@ -407,16 +407,16 @@ def transcribe(
                 yield chunk.recording
 
 
-def read_recordings(paths: Iterable[str], extractor, chunk_length_s: float) -> Iterator[Chunk]:
+def read_recordings(paths: Iterable[str], extractor, args: argparse.Namespace) -> Iterator[Chunk]:
     """The chunks of each recording, at least one. Whatever goes wrong while it is read is the recording's error."""
     for path in paths:
         recording, chunk = Recording(path), None
         try:
-            for start, end, waveform in common.read_chunks(path, chunk_length_s, recording.warn):
+            for start, end, waveform in common.read_chunks(path, args.chunk_length, recording.warn):
                 if chunk is not None:
                     yield chunk
                 chunk = Chunk(recording, start, end)
-                if not is_steady(waveform):
+                if args.no_speech_threshold == 1 or not is_steady(waveform):
                     chunk.features = common.extract_features(extractor, waveform)
                     chunk.loud_frames = find_loud_frames(waveform)
         except common.SetupError:  # librosa cannot be loaded: the same for all recordings

@@ -5,7 +5,7 @@ from collections import Counter
 import common
 import numpy as np
 import pytest
-from conftest import write
+from conftest import options_of, write
 from tone_speech import random_text, spoken, synthesize
 
 import inference
@@ -75,7 +75,7 @@ def test_every_batch_size_gives_the_same_text_in_input_order(corpus, transcribe,
 
 
 def test_chunks_of_several_files_fill_one_batch(corpus, recognizer):
-    chunks = inference.read_recordings(corpus[0], recognizer.extractor, 15)
+    chunks = inference.read_recordings(corpus[0], recognizer.extractor, options_of())
     sizes = [sum(chunk.features is not None for chunk in batch) for batch in inference.batches(chunks, 8)]
     assert sizes[:-1] == [8] * (len(sizes) - 1) and sum(sizes) > len(corpus[0])
 
@@ -128,6 +128,8 @@ def test_what_is_steady_is_not_decoded(tmp_path, transcribe, kind, capsys):
     [recording] = transcribe(write(tmp_path / "a.wav", STEADY[kind], subtype="FLOAT"))
     assert (text_of(recording), recording.duration) == ("", 40)
     assert len(recording.chunks) >= 3 and all(chunk.left_out for chunk in recording.chunks)
+    [kept] = transcribe(write(tmp_path / "a.wav", STEADY[kind], subtype="FLOAT"), no_speech_threshold=1)
+    assert not any(chunk.left_out for chunk in kept.chunks)
     inference.count(recording, Counter())
     assert capsys.readouterr().err.endswith("a.wav: no speech: nothing in it moves\n")
 

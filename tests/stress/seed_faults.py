@@ -117,6 +117,15 @@ def even_rows_wrong(model):
     model.model.encoder.register_forward_hook(spoil)
 
 
+def first_row_wrong(model):
+    def spoil(module, inputs, output):
+        if len(output.last_hidden_state) > 1:
+            output.last_hidden_state[:1] = output.last_hidden_state[:1].flip(1)
+        return output
+
+    model.model.encoder.register_forward_hook(spoil)
+
+
 def nan_in_batches(model):
     def spoil(module, inputs, output):
         return output * float("nan") if len(output) > 1 else output
@@ -219,6 +228,7 @@ def another_make(model):
 FAULTS = [wrong_weight, head_zeroed, head_wrong_in_the_last_layer, bias_dropped, layer_norm_epsilon,
           layer_norm_epsilon_small, float16_noise, nan_in_one_logit, nan_in_batches, encoder_off_by_one_frame,
           cache_off_by_one, cache_wrong_beyond_256, "wrong_suppress_list", rows_swapped, even_rows_wrong,
+          first_row_wrong,
           wrong_in_batches_of_16, second_window_wrong, stale_results, stale_after_an_error,
           stale_without_an_error]  # fmt: skip
 OTHER_FORMULAS = [tanh_gelu_of_the_device, hf32_that_stays_on]
@@ -236,7 +246,7 @@ def load_reference(name: str) -> common.Recognizer:
 
 def shared_reference(recognizer, features, dtype, max_new_tokens, make=eval_accuracy.Reference):
     """What the reference, which has no faults, computes of a clip: once for all of them."""
-    key = float(features.sum()), dtype, max_new_tokens
+    key = features.numpy().tobytes(), dtype, max_new_tokens
     if key not in REFERENCES:
         REFERENCES[key] = make(recognizer, features, dtype, max_new_tokens)
     for token_ids in list(REFERENCES[key].known)[3:]:  # other texts, which faults have made, take much memory
