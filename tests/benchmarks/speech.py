@@ -1,6 +1,6 @@
 """How well inference.py hears real speech: characters wrong or invented, and when its subtitles are shown.
 
-    python3 tests/benchmarks/speech.py --model whisper-base-hf/ RECORDINGS/
+    python3 tests/benchmarks/speech.py --model tests/real_whisper/model RECORDINGS/
 
 RECORDINGS has the recordings and a truth.json: for each of them, by its name without extension, the sentences that are
 spoken in it, as {"start": s, "end": s, "text": "..."} in order, or none where nobody speaks. It prints a row of a
