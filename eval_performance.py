@@ -137,7 +137,7 @@ def run_stages(recognizer: common.Recognizer, paths: list[str], args, timed: Cal
     with timed("features"):
         features = [common.extract_features(recognizer.extractor, waveform) for *_, waveform in chunks]
         chunks = [
-            inference.Chunk(None, start, end, loud_frames=inference.find_loud_frames(waveform))
+            inference.Chunk(None, start, end, loud_frames=inference.find_loud_frames(waveform) if args.times else None)
             for start, end, waveform in chunks
         ]
     for first in range(0, len(chunks), args.batch_size):

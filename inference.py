@@ -418,7 +418,8 @@ def read_recordings(paths: Iterable[str], extractor, args: argparse.Namespace) -
                 chunk = Chunk(recording, start, end)
                 if args.no_speech_threshold == 1 or not is_steady(waveform):
                     chunk.features = common.extract_features(extractor, waveform)
-                    chunk.loud_frames = find_loud_frames(waveform)
+                    if args.output_format != "txt":  # which has no times
+                        chunk.loud_frames = find_loud_frames(waveform)
         except common.SetupError:  # librosa cannot be loaded: the same for all recordings
             raise
         except common.AudioError as error:

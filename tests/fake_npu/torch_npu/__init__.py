@@ -40,7 +40,6 @@ variables tell it what to be:
     FAKE_NPU_ERROR   a relative error that LayerNorm and attention make (0)
     FAKE_NPU_COUNT   how many NPUs there are (1)
     FAKE_NPU_BYTES   the largest tensor that fits the NPU's memory (no limit)
-    FAKE_NPU_OOM     which of the texts OOM it says then (0)
     FAKE_NPU_VERSION (2.9.0)
 """
 import os
@@ -51,13 +50,7 @@ COUNT = 0 if FAULT == "no-device" else int(os.environ.get("FAKE_NPU_COUNT", "1")
 AFTER = int(os.environ.get("FAKE_NPU_AFTER", "0"))
 MAX_BYTES = float(os.environ.get("FAKE_NPU_BYTES", "inf"))
 KERNEL_ERROR = float(os.environ.get("FAKE_NPU_ERROR", "0"))
-OOM = [
-    "NPU out of memory. Tried to allocate 16.00 MiB (NPU 0; 29.50 GiB total capacity; 27.10 GiB already allocated)",
-    "NPU out of memory. NPUWorkspaceAllocator tried to allocate 16.00 MiB(NPU 0; 29.50 GiB total capacity)",
-    "NPU function error: aclrtMallocAlign32, error code is 207001\n[ERROR] ERR00100 PTA call acl api failed\n[Error]: "
-    "Failed to apply for memory.",
-    "call aclnnAddmm failed, detail:EL0004: [PID: 7] Failed to allocate memory requested by RUNTIME module.",
-][int(os.environ.get("FAKE_NPU_OOM", "0"))]
+OOM = "NPU out of memory. Tried to allocate 16.00 MiB (NPU 0; 29.50 GiB total capacity; 27.10 GiB already allocated)"
 __version__ = os.environ.get("FAKE_NPU_VERSION", "2.9.0")
 if FAULT == "missing":
     raise ModuleNotFoundError("No module named 'torch_npu'", name="torch_npu")
