@@ -235,7 +235,7 @@ def load(args: argparse.Namespace) -> common.Recognizer:
 def progress_bar(paths: list[str]) -> tqdm:
     """A bar in seconds of audio on a terminal, with a total where one recording is all and libsndfile knows it."""
     total = None
-    if len(paths) == 1 and os.path.isfile(paths[0]) and sys.stderr is not None and sys.stderr.isatty():
+    if len(paths) == 1 and sys.stderr is not None and sys.stderr.isatty():
         with contextlib.suppress(soundfile.SoundFileError, OSError), open(paths[0], "rb") as file:
             total = soundfile.info(file).duration
     done = "{n:.0f} s of audio" if total is None else "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s of audio"

@@ -41,18 +41,19 @@ def error_of(path) -> str:
 # --- chunks ---
 
 
-@pytest.mark.parametrize("rate", [1, 149, 16_000, 44_100])
-@pytest.mark.parametrize("n_samples", [-1, 0, 1])
-@pytest.mark.parametrize("seconds", [1, 15, 30, 45, 61])
+@pytest.mark.parametrize("rate", [1, 149, 44_100])
+@pytest.mark.parametrize("n_samples", [0, 1])
+@pytest.mark.parametrize("seconds", [1, 30, 61])
 def test_every_sample_belongs_to_one_chunk(tmp_path, rate, seconds, n_samples):
-    samples = np.random.default_rng(seconds).normal(0, 0.1, max(1, seconds * rate + n_samples)).astype(np.float32)
+    samples = np.random.default_rng(seconds).normal(0, 0.1, seconds * rate + n_samples).astype(np.float32)
     chunks = chunks_of(write(tmp_path / "noise.wav", samples, rate, subtype="FLOAT"))
-    assert max(len(waveform) for _, waveform in chunks) <= (30 if len(chunks) == 1 else 15) * rate
+    assert (len(chunks) == 1) == (len(samples) <= 30 * rate)  # which fits the window
+    assert len(chunks) == 1 or max(len(waveform) for _, waveform in chunks) <= 15 * rate
     assert np.array_equal(np.concatenate([waveform for _, waveform in chunks]), samples)
     assert [start for start, _ in chunks] == list(np.cumsum([0] + [len(w) for _, w in chunks[:-1]]))
 
 
-@pytest.mark.parametrize("chunk_length_s", [1, 2.5, 15, 29.99, 30])
+@pytest.mark.parametrize("chunk_length_s", [1, 2.5, 15, 30])
 def test_no_chunk_is_longer_than_the_limit_or_a_scrap(tmp_path, chunk_length_s):
     samples = np.random.default_rng(0).normal(0, 0.1, 200 * RATE + 1).astype(np.float32)
     chunks = chunks_of(write(tmp_path / "noise.wav", samples, subtype="FLOAT"), chunk_length_s)
@@ -60,12 +61,6 @@ def test_no_chunk_is_longer_than_the_limit_or_a_scrap(tmp_path, chunk_length_s):
     assert max(lengths) <= chunk_length_s
     assert min(lengths) >= min(0.5 * chunk_length_s - 0.5, common.SHORTEST_TAIL_S) - 1e-3
     assert min(lengths[:-2]) >= 0.49 * chunk_length_s  # cuts lie in the latter half of the stretch
-
-
-def test_audio_that_fits_the_window_is_one_chunk(tmp_path):
-    samples = np.random.default_rng(0).normal(0, 0.1, 30 * RATE).astype(np.float32)
-    assert len(chunks_of(write(tmp_path / "30s.wav", samples))) == 1
-    assert len(chunks_of(write(tmp_path / "more.wav", np.append(samples, 0.1)))) > 1
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-3])
@@ -90,14 +85,6 @@ def test_cut_is_the_quietest_moment_of_the_latter_half():
     waveform[11 * RATE : 12 * RATE] *= 0.1
     waveform[13 * RATE : 13 * RATE + RATE // 10] = 0  # as short as the closure of a consonant
     assert 11 < common.quietest_cut(waveform, RATE) / RATE < 12
-
-
-def test_chunks_are_resampled_to_the_model_rate(tmp_path):
-    t = np.arange(48_000) / 48_000
-    path = write(tmp_path / "tone.wav", 0.5 * np.sin(2 * np.pi * 1000 * t), 48_000)
-    [(start, end, waveform)] = common.read_chunks(path, 15, pytest.fail)
-    assert (start, end, len(waveform), waveform.dtype) == (0, 1, RATE, np.float32)
-    assert np.abs(np.fft.rfft(waveform)).argmax() == 1000
 
 
 @pytest.mark.parametrize("rate", [7350, 22_255, 47_999])
@@ -154,13 +141,6 @@ def test_files_without_audio_say_so(tmp_path, monkeypatch):
     assert "libsndfile" in error_of(tmp_path / "headerless.raw")
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_samples_that_are_not_numbers_are_refused(tmp_path, bad):
-    samples = np.zeros(3 * RATE, np.float32)
-    samples[2 * RATE + 5] = bad
-    assert error_of(write(tmp_path / "bad.wav", samples, subtype="FLOAT")) == "NaN or infinite samples"
-
-
 def test_what_comes_before_damage_is_kept_with_a_warning(tmp_path):
     path = Path(write(tmp_path / "noise.flac", np.random.default_rng(0).normal(0, 0.1, 10 * RATE)))
     _, whole, _ = read(path)
@@ -170,7 +150,7 @@ def test_what_comes_before_damage_is_kept_with_a_warning(tmp_path):
     assert warning.startswith("damaged after 4 s (") and warning.endswith("what follows is lost")
 
 
-@pytest.mark.parametrize("format", ["WAV", "FLAC", "AIFF", "AU", "CAF", "MP3", "OGG"])
+@pytest.mark.parametrize("format", ["FLAC", "AU", "CAF", "MP3", "OGG"])
 def test_bytes_behind_a_recording_are_counted(tmp_path, monkeypatch, format):
     """Two recordings in one file, as by cat, without ffmpeg."""
     monkeypatch.setenv("PATH", "")
@@ -178,9 +158,6 @@ def test_bytes_behind_a_recording_are_counted(tmp_path, monkeypatch, format):
     alone = read(write(path, noise, format=format))
     assert alone[2] == []
     path.write_bytes(2 * path.read_bytes())
-    if format in ("WAV", "AIFF"):  # libsndfile refuses these
-        assert "not audio that libsndfile reads" in error_of(path)
-        return
     _, samples, [warning] = read(path)
     assert np.array_equal(samples, alone[1])
     n_bytes = int(warning.removesuffix(" bytes behind the end that its header declares were not read"))
@@ -258,20 +235,16 @@ def test_samples_through_ffmpeg_are_those_that_went_in(tmp_path, ffmpeg, extensi
     assert np.abs(samples - waveform.mean(1)).max() < 1e-4
 
 
-@pytest.mark.parametrize("extension, codec", [("mp3", "libmp3lame"), ("ogg", "libvorbis"), ("opus", "libopus"),
-    ("m4a", "aac"), ("webm", "libopus"), ("mkv", "ac3"), ("wma", "wmav2"), ("ac3", "ac3"), ("aac", "aac"),
-    ("ts", "mp2"), ("avi", "libmp3lame"), ("3gp", "aac"), ("wv", "wavpack"), ("tta", "tta"), ("aifc", "pcm_s16be"),
-])  # fmt: skip
+@pytest.mark.parametrize("extension, codec", [("mp3", "libmp3lame"), ("opus", "libopus"), ("m4a", "aac"),
+    ("webm", "libopus"), ("wma", "wmav2"), ("avi", "libmp3lame"), ("3gp", "aac"), ("wv", "wavpack")])  # fmt: skip
 def test_a_name_with_what_a_shell_would_trip_over(tmp_path, ffmpeg, extension, codec):
-    waveform = synthesize("こんにちは", 48_000)
-    options = ["-c:a", codec, *(["-f", "aiff"] if extension == "aifc" else [])]
-    rate, samples, warnings = read(encode(ffmpeg, waveform, 48_000, tmp_path / f"- 'a' $HOME;.{extension}", *options))
+    waveform, path = synthesize("こんにちは", 48_000), tmp_path / f"- 'a' $HOME;.{extension}"
+    rate, samples, warnings = read(encode(ffmpeg, waveform, 48_000, path, "-c:a", codec))
     assert warnings == [] and len(samples) / rate == pytest.approx(2.1, abs=0.1)
     assert_alike(samples, waveform, rate)
 
 
-@pytest.mark.parametrize("first, second", [((48_000, 1), (48_000, 2)), ((48_000, 2), (48_000, 6)),
-                                           ((48_000, 2), (32_000, 2)), ((48_000, 6), (32_000, 1))])  # fmt: skip
+@pytest.mark.parametrize("first, second", [((48_000, 1), (48_000, 2)), ((48_000, 6), (32_000, 1))])
 @pytest.mark.parametrize("extension", ["ts", "aac"])
 def test_broadcasts_change_their_format_on_the_way(tmp_path, ffmpeg, extension, first, second):
     data, spoken = b"", []
@@ -310,7 +283,7 @@ def test_a_recording_cut_at_three_quarters_is_heard_to_there(tmp_path, ffmpeg, e
     assert_alike(samples[: 13 * rate], waveform, rate)
 
 
-@pytest.mark.parametrize("n_bytes", [1, 1000, 4095, 4096, 4097, 65_535, 65_537])
+@pytest.mark.parametrize("n_bytes", [1, 4096, 65_537])
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
 def test_a_recorder_that_was_stopped_before_it_wrote_the_length(tmp_path, ffmpeg, n_bytes, size):
     samples = np.random.default_rng(0).integers(-9999, 9999, n_bytes // 2 + 1).astype("<i2")
@@ -333,19 +306,6 @@ def test_a_line_of_the_dynamic_loader_costs_no_recording_and_hides_no_reason(tmp
     assert np.array_equal(samples, expected) and warnings == []
     (tmp_path / "text.m4a").write_text("こんにちは" * 100)
     assert "moov atom not found" in error_of(tmp_path / "text.m4a")
-
-
-@pytest.mark.parametrize("name, options, expected", [
-    ("two.mkv", ["-disposition:a:0", "0", "-disposition:a:1", "default"], "さようなら"),  # the one marked as default
-    ("two.mp4", [], None),  # the first, even where it is silent: nothing says that it is not meant
-])  # fmt: skip
-def test_ffmpeg_chooses_the_track(tmp_path, ffmpeg, name, options, expected):
-    first = synthesize("こんにちは") * (expected is not None)
-    wavs = [write(tmp_path / f"{i}.wav", x) for i, x in enumerate((first, synthesize("さようなら")))]
-    inputs = ["-i", wavs[0], "-i", wavs[1], "-map", "0", "-map", "1", "-c:a", "alac", *options]
-    subprocess.run([ffmpeg, "-v", "error", *inputs, tmp_path / name], check=True)
-    _, samples, _ = read(tmp_path / name)
-    assert np.abs(samples - (synthesize(expected) if expected else 0)).max() < 1e-4
 
 
 PICTURE = ["-f", "lavfi", "-i", "testsrc=size=160x120:rate=25:duration=8"]
@@ -372,19 +332,6 @@ def test_ten_seconds_that_are_missing_stay_missing(tmp_path, ffmpeg, extension, 
     assert_alike(samples[16 * rate :], waveform[6 * rate :], rate)
 
 
-def test_a_recording_that_begins_mid_stream(tmp_path, ffmpeg):
-    """A transport stream, cut in the middle of a picture."""
-    waveform = synthesize("こんにちは" * 4, 48_000)[: 8 * 48_000]
-    wav = write(tmp_path / "a.wav", waveform, 48_000)
-    command = [ffmpeg, "-v", "error", "-i", wav, *PICTURE, "-c:v", "mpeg2video", "-g", "50", "-c:a", "mp2"]
-    subprocess.run([*command, tmp_path / "a.ts"], check=True)
-    data = (tmp_path / "a.ts").read_bytes()
-    (tmp_path / "b.ts").write_bytes(data[len(data) // 2 :])
-    rate, samples, _ = read(tmp_path / "b.ts")
-    assert 3 < len(samples) / rate < 5
-    assert_alike(samples[rate:][::-1], waveform[-len(samples) + rate :][::-1], rate)
-
-
 @pytest.mark.parametrize("extension, codec", [("mp3", "libmp3lame"), ("ogg", "libvorbis"), ("opus", "libopus"),
     ("aac", "aac"), ("webm", "libopus"), ("mkv", "flac"), ("ts", "mp2"), ("ac3", "ac3")])  # fmt: skip
 def test_joined_recordings_are_heard_to_the_end(tmp_path, ffmpeg, extension, codec):
@@ -404,21 +351,17 @@ def test_joined_recordings_are_heard_to_the_end(tmp_path, ffmpeg, extension, cod
     assert_alike(samples[-2 * rate :], synthesize("さようなら", rate)[-2 * rate :], rate)
 
 
-@pytest.mark.parametrize("extension, format", [("wav", "wav"), ("aiff", "aiff")])
-def test_bytes_behind_a_recording_that_ffmpeg_reads_are_counted_too(tmp_path, ffmpeg, extension, format):
-    path = encode(ffmpeg, synthesize("こんにちは" * 10, 48_000), 48_000, tmp_path / f"a.{extension}", "-f", format)
-    path.write_bytes(2 * path.read_bytes())
-    n_bytes = path.stat().st_size // 2
-    assert read(path)[2] == [f"{n_bytes} bytes behind the end that its header declares were not read"]
-
-
-@pytest.mark.parametrize("format", ["WAV", "AIFF"])
-def test_bytes_that_are_missing_are_counted(tmp_path, format):
-    """A copy that was broken off; the header still tells the length."""
-    path = Path(write(tmp_path / "a", np.random.default_rng(0).normal(0, 0.1, 60 * RATE), format=format))
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[: size // 2])
-    assert read(path)[2] == [f"{size - size // 2} bytes that its header declares are missing at the end"]
+@pytest.mark.parametrize("format", ["wav", "aiff"])
+@pytest.mark.parametrize("n_copies", [2, 0.5])
+def test_bytes_behind_the_end_and_missing_bytes_are_counted(tmp_path, ffmpeg, format, n_copies):
+    """Two recordings joined by cat, and a copy that was broken off; the header tells the length."""
+    path = encode(ffmpeg, synthesize("こんにちは" * 10, 48_000), 48_000, tmp_path / "a", "-f", format)
+    data = path.read_bytes()
+    path.write_bytes(2 * data if n_copies == 2 else data[: len(data) // 2])
+    n_bytes = abs(path.stat().st_size - len(data))
+    end = "bytes behind the end that its header declares were not read"
+    assert read(path)[2] == [f"{n_bytes} {end}" if n_copies == 2 else
+                             f"{n_bytes} bytes that its header declares are missing at the end"]  # fmt: skip
 
 
 def test_what_ffmpeg_cannot_read_is_one_line(tmp_path, ffmpeg):
@@ -441,14 +384,3 @@ def test_ffmpeg_that_ends_with_an_error_on_the_way(tmp_path, monkeypatch):
     (tmp_path / "a.m4a").write_bytes(bytes(1000))
     _, samples, warnings = read(tmp_path / "a.m4a")
     assert len(samples) == 2.1 * RATE and warnings == ["ffmpeg broke off after 2 s: out of ink"]
-
-
-def test_librosa_without_a_cache_is_one_line(tmp_path):
-    """numba keeps what it compiles in the package's folder or at home, and fails where it may write to neither."""
-    code = "import numba.core.caching as c\n"
-    code += "for name in ('UserProvidedCacheLocator', 'InTreeCacheLocator', 'UserWideCacheLocator'):\n"
-    code += "    getattr(c, name).from_function = classmethod(lambda cls, *arguments: None)\n"
-    code += "import common\ntry: common.import_librosa()\nexcept common.SetupError as error: print(error)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "librosa cannot be loaded (" in result.stdout and "set NUMBA_CACHE_DIR to a folder" in result.stdout
-    assert result.stdout.count("\n") == 1

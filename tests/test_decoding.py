@@ -61,7 +61,7 @@ def test_the_token_mask_gives_the_token_ids_of_transformers(tmp_path, version, r
     assert not set(suppressed) & {token_id for row in rows for token_id in row}
 
 
-@pytest.mark.parametrize("max_new_tokens", [1, 3, 8, 9, 40, common.MAX_NEW_TOKENS])
+@pytest.mark.parametrize("max_new_tokens", [1, 8, 9, 40, common.MAX_NEW_TOKENS])
 def test_decoding_gives_the_token_ids_of_transformers(recognizer, max_new_tokens):
     from transformers import WhisperForConditionalGeneration
 
@@ -162,70 +162,55 @@ def test_half_precision_gives_the_same_text(tmp_path, infer, dtype):
     assert dtype == "auto" or f"in {dtype}, loaded" in err
 
 
-def test_weights_come_from_safetensors_only(tmp_path):
-    folder = Path(variant(tmp_path / "model"))
-    model = load(MODEL).model
+def change(name: str, **changes):
+    """A function that changes a JSON file of a model folder; None takes a key out."""
+
+    def of_folder(folder: Path) -> None:
+        content = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+    return of_folder
+
+
+def without(*kept: str):
+    """A function that takes all files but these out of a model folder."""
+    return lambda folder: [path.unlink() for path in folder.iterdir() if path.name not in kept]
+
+
+def cut(name: str, n_bytes: int):
+    """A function that cuts a file of a model folder off."""
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:n_bytes])
+
+
+def pickled(folder: Path) -> None:
+    """Weights as a pickle, which may do anything when it is loaded."""
+    torch.save(load(MODEL).model.state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(common.SetupError, match="safetensors"):
+
+
+GENERATION = "generation_config.json"
+
+
+@pytest.mark.parametrize("damage, words", [
+    (cut("model.safetensors", 1000), "cannot load"), (cut("config.json", 50), "cannot load"), (pickled, "safetensors"),
+    (without("config.json", GENERATION, "model.safetensors"), "cannot load"),  # no tokenizer
+    (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "cannot load"),
+    (change("config.json", encoder_layers=3), "weights are missing, too many or of another shape"),
+    (change("config.json", encoder_layers=1), "weights are missing, too many or of another shape"),
+    (change(GENERATION, task_to_id=None), "task_to_id"), (change(GENERATION, suppress_tokens=[5, 99_999]), "99999"),
+    (change(GENERATION, lang_to_id={"<|ja|>": 7}), "its generation_config.json and its tokenizer"),
+    (change(GENERATION, lang_to_id=None), "knows none (it is not multilingual)"),
+    (change("preprocessor_config.json", feature_size=80), "mel bins"),
+    (change("preprocessor_config.json", hop_length=320), "do not fit"),
+    (change("config.json", max_target_positions=100), "cannot load"),
+])  # fmt: skip
+def test_a_broken_model_folder_is_one_line(tmp_path, damage, words):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    damage(folder)
+    with pytest.raises(common.SetupError, match=f"cannot load the model {folder}: ") as caught:
         load(str(folder))
-
-
-@pytest.mark.parametrize("damage", ["weights cut", "weights missing", "config cut", "tokenizer absent", "other model"])
-def test_a_broken_model_folder_is_one_line(tmp_path, damage):
-    folder = Path(variant(tmp_path / "model"))
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    if damage == "weights cut":
-        weights.write_bytes(weights.read_bytes()[:1000])
-    elif damage == "weights missing":
-        from safetensors.torch import load_file, save_file
-
-        tensors = load_file(weights)
-        del tensors["model.decoder.layers.1.fc1.weight"]
-        save_file(tensors, weights, metadata={"format": "pt"})
-    elif damage == "config cut":
-        config.write_text(config.read_text()[:50])
-    elif damage == "tokenizer absent":
-        for path in folder.iterdir():
-            if path.name not in ("config.json", "generation_config.json", "model.safetensors"):
-                path.unlink()
-    else:
-        config.write_text('{"model_type": "bert"}')
-    with pytest.raises(common.SetupError, match="cannot load the model") as caught:
-        load(str(folder))
-    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
-
-
-def change(folder: Path, name: str, **changes) -> None:
-    """Change a JSON file of a model folder; None takes a key out."""
-    content = json.loads((folder / name).read_text()) | changes
-    (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-
-@pytest.mark.parametrize(
-    "name, changes, words",
-    [
-        ("generation_config.json", {"task_to_id": None}, "task_to_id"),
-        ("generation_config.json", {"task_to_id": {"translate": 412}}, "'transcribe'"),
-        ("generation_config.json", {"no_timestamps_token_id": None}, "no_timestamps_token_id"),
-        ("generation_config.json", {"suppress_tokens": [5, 99_999]}, "99999"),
-        ("generation_config.json", {"suppress_tokens": "all"}, "cannot load the model"),
-        ("generation_config.json", {"lang_to_id": {"<|ja|>": 7}}, "its generation_config.json and its tokenizer"),
-        ("generation_config.json", {"lang_to_id": None}, "knows none (it is not multilingual)"),
-        ("config.json", {"encoder_layers": 1}, "weights are missing, too many or of another shape"),
-        ("preprocessor_config.json", {"feature_size": 80}, "mel bins"),
-        ("preprocessor_config.json", {"sampling_rate": 8000}, "cannot load the model"),
-        ("preprocessor_config.json", {"hop_length": 320}, "do not fit"),
-        ("config.json", {"max_target_positions": 100}, "cannot load the model"),
-    ],
-    ids=str,
-)
-def test_a_model_folder_whose_parts_do_not_fit_is_one_line(tmp_path, infer, name, changes, words):
-    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
-    change(folder, name, **changes)
-    path = write(tmp_path / "a.wav", synthesize("あ"))
-    status, out, err = infer("--audio", path, "--model", folder)
-    assert (status, out, err.count("\n")) == (2, "", 1) and words in err and str(folder) in err
+    assert "\n" not in str(caught.value) and words in str(caught.value)
 
 
 def spoil(folder: Path, name: str, factor: float) -> Path:
@@ -243,7 +228,6 @@ def spoil(folder: Path, name: str, factor: float) -> Path:
     ("model.decoder.layers.1.fc2.weight", float("nan"), "float32"),
     ("model.encoder.layers.0.fc1.weight", float("inf"), "bfloat16"),
     ("model.encoder.layers.1.fc1.weight", 1e4, "float16"),  # transformers clamps what overflows here
-    ("model.decoder.layers.0.fc1.weight", 1e5, "float16"),
 ])  # fmt: skip
 def test_a_model_that_computes_nan_is_an_error_not_an_empty_text(tmp_path, infer, name, factor, dtype):
     folder = spoil(tmp_path / "model", name, factor)
@@ -251,9 +235,3 @@ def test_a_model_that_computes_nan_is_an_error_not_an_empty_text(tmp_path, infer
     status, out, err = infer("--audio", *paths, "--model", folder, "--dtype", dtype)
     assert (status, out) == (2, "") and f"cpu computes NaN or infinity in {dtype}" in err
     assert ("--dtype bfloat16 or float32" in err) == (dtype == "float16") and "Traceback" not in err
-
-
-def test_an_unknown_language_is_refused_with_those_known():
-    device = common.select_device("cpu")
-    with pytest.raises(common.SetupError, match=r"--language xx: not a language of this model, which knows af am "):
-        common.load_model(MODEL, device, torch.float32, "xx")

@@ -1,14 +1,11 @@
 """eval_performance.py: what it measures adds up, and it cannot be misread."""
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, run, write
+from conftest import FAKE_NPU, MODEL, needs_fake, run, write
 from tone_speech import random_text, synthesize
 
 import eval_performance
@@ -24,38 +21,29 @@ def table(text: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def on_both() -> tuple[dict[str, list[str]], dict]:
-    """The table and the JSON of two runs."""
-    options = [*QUICK, "--batch-sizes", "1,3", "--durations", "1,15,62.5"]
-    results = [run("eval_performance.py", *options, *json, environment=FAKE) for json in ([], ["--json"])]
-    assert [(result.returncode, result.stderr) for result in results] == [(0, ""), (0, "")]
-    return results[0].stdout, json.loads(results[1].stdout)
+def report() -> dict:
+    """The JSON of a run on both devices."""
+    options = [*QUICK, "--batch-sizes", "3", "--durations", "1,32.5", "--json"]
+    result = run("eval_performance.py", *options, environment=FAKE)
+    assert (result.returncode, result.stderr) == (0, "")
+    return json.loads(result.stdout)
 
 
 @needs_fake
-def test_cpu_and_npu_do_equal_work(on_both):
-    cells, report = table(on_both[0]), on_both[1]
-    assert cells["sweep, 3.0 s, 2 runs after 1"][0].startswith("cpu, ")
-    assert cells["sweep, 3.0 s, 2 runs after 1"][1] == "npu:0, float16"
-    assert cells["tokens"] == ["9", "9"] and report["comparable"]
+def test_cpu_and_npu_do_equal_work(report):
     cpu, npu = (column["measurements"] for column in report["columns"])
-    # One token limit for each chunk, of which there are 1, 1, 3, 1, 1 and, at the pauses, 5 in 62.5 s.
-    assert [m["n_tokens"] for m in cpu] == [m["n_tokens"] for m in npu] == [9, 9, 27, 9, 9, 45]
-    assert [m["audio_s"] for m in cpu] == [3, 30, 90, 1, 15, 62.5]
+    # One token limit for each chunk, of which there are 1, 3, 1 and, at the pauses, 3 in 32.5 s.
+    assert [m["n_tokens"] for m in cpu] == [m["n_tokens"] for m in npu] == [9, 27, 9, 27] and report["comparable"]
+    assert [m["audio_s"] for m in cpu] == [3, 90, 1, 32.5]
     assert all(len(m["samples_s"]) == 2 and min(m["samples_s"]) > 0 for m in cpu + npu)
     assert all(m["peak_bytes"] is None for m in cpu) and all(m["peak_bytes"] is not None for m in npu)
 
 
 @needs_fake
-def test_the_user_s_figures_come_first(on_both):
-    names = list(table(on_both[0]))
-    assert names[2:6] == ["time, median (s)", "speed-up over the CPU", "RTF", "tokens"]
-
-
-@needs_fake
-def test_the_figures_printed_are_those_of_the_samples(on_both):
-    report, args = on_both[1], eval_performance.parse_arguments(["--runs", "2"])
-    cells = table(eval_performance.format_report(report, args))
+def test_the_figures_printed_are_those_of_the_samples_and_the_user_s_come_first(report):
+    cells = table(eval_performance.format_report(report, eval_performance.parse_arguments(["--runs", "2"])))
+    assert list(cells)[2:6] == ["time, median (s)", "speed-up over the CPU", "RTF", "tokens"]
+    assert [name.partition(",")[0] for name in cells["sweep, 3.0 s, 2 runs after 2"]] == ["cpu", "npu:0"]
     medians = []
     for i, column in enumerate(report["columns"]):
         m = column["measurements"][0]
@@ -73,7 +61,7 @@ def test_the_figures_printed_are_those_of_the_samples(on_both):
         assert "times (ms)" not in cells
     speed_up = f"{medians[0]:.3f} / {medians[1]:.3f} = {medians[0] / medians[1]:.2f}"
     assert cells["speed-up over the CPU"] == ["", speed_up]
-    batch_s = np.median(report["columns"][0]["measurements"][2]["samples_s"])
+    batch_s = np.median(report["columns"][0]["measurements"][1]["samples_s"])
     assert cells["times real time, batch of 3"][0] == f"90.0 / {batch_s:.3f} = {90 / batch_s:.2f}"
 
 
@@ -107,10 +95,7 @@ def test_no_work_is_pending_when_the_clock_is_read():
         busy = sum(n > 0 for n in launches)
         print("reads", len(reads), "with work in between", busy)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", code, *QUICK, "--device", "npu"], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": f"{FAKE_NPU}:{ROOT}"},
-    )  # fmt: skip
+    result = run("-c", code, *QUICK, "--device", "npu", environment=FAKE)
     assert result.returncode == 0, result.stderr
     n_reads, n_busy = map(int, re.search(r"reads (\d+) with work in between (\d+)", result.stdout).groups())
     assert n_reads > 3 * 2 * 7 and n_busy >= 3 * 4  # on the NPU: copy, encoder, decode and a whole run, three times
@@ -141,10 +126,7 @@ def test_unequal_numbers_of_tokens_void_the_comparison(tmp_path):
         "    return ([row[:4] for row in ids] if r.model.device.type == 'npu' else ids), probs\n" \
         "common.decode = cut\n" \
         "sys.exit(eval_performance.main(sys.argv[1:]))"  # fmt: skip
-    result = subprocess.run(
-        [sys.executable, "-c", code, *QUICK, "--audio", path], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": f"{FAKE_NPU}:{ROOT}"},
-    )  # fmt: skip
+    result = run("-c", code, *QUICK, "--audio", path, environment=FAKE)
     assert result.returncode == 1
     assert table(result.stdout)["speed-up over the CPU"][1] == "void: 4 tokens, not 6"
 
@@ -163,13 +145,9 @@ def test_recordings_end_where_their_text_ends_and_have_times_where_asked(tmp_pat
     "options, words",
     [
         (["--runs", "0"], "'0' is not a whole number of at least 1"),
-        (["--warmup", "0"], "'0' is not a whole number of at least 1"),
         (["--batch-sizes", "1,x"], "'x' is not a whole number from 1 to 1024"),
-        (["--batch-sizes", "1,"], "'' is not a whole number"),
         (["--durations", "3,0"], "'0' is not a number from 1 to 36000"),
-        (["--durations", "nan"], "'nan' is not a number from 1 to 36000"),
         (["--durations", "inf"], "'inf' is not a number from 1 to 36000"),
-        (["--max-new-tokens", "445"], "'445' is not a whole number from 1 to 444"),
     ],
 )
 def test_wrong_options(options, words, capsys):

@@ -4,16 +4,14 @@ import os
 import re
 import shutil
 import signal
-import sys
 import tempfile
 from pathlib import Path
 
 import common
 import fuzz
 import hostile
-import numpy as np
 import pytest
-from conftest import MODEL, options_of, run, write
+from conftest import MODEL, run, write
 
 import inference
 
@@ -40,43 +38,26 @@ def corpus(tmp_path_factory) -> dict[str, str | None]:
     return hostile.make_contents(folder) | hostile.make_special(folder)
 
 
-def check(path: str, expected: str | None, status: int, text: str, error: str | None) -> None:
-    if expected is None:
-        assert (status, error) == (0, None), path
-    elif expected == hostile.TEXT:
-        assert (status, text, error) == (0, hostile.TEXT, None), path
-    else:
-        assert status == 1 and text == "" and re.search(expected, error or ""), (path, status, text, error)
-
-
-def test_each_alone(corpus, infer):
-    assert len(corpus) >= 60
-    for path, expected in corpus.items():
-        status, out, err = infer("--audio", path)
-        lines = err.removesuffix("\n").split("\n")  # not splitlines, which ends lines at more than \n
-        assert len(lines) <= 3, (path, err)
-        assert all(line.startswith("inference.py: ") and "Traceback" not in line for line in lines), (path, err)
-        check(path, expected, status, out.strip(), lines[0] if status else None)
-
-
-def test_all_together(corpus, tmp_path):
+def test_each_ends_in_text_or_in_one_line(corpus, tmp_path):
     folder, options = os.path.dirname(next(iter(corpus))), ["--model", MODEL, "--device", "cpu", "--dtype", "float32"]
-    options += ["-f", "json"]
     (tmp_path / "bin").mkdir()
     environment = {"PATH": str(tmp_path / "bin")}  # no ffmpeg
-    result = run("inference.py", "--audio", folder, "-o", tmp_path / "out", *options, environment=environment)
-    lines = result.stderr.split("\n")
+    result = run("inference.py", "--audio", folder, "-o", tmp_path / "out", "-f", "json", *options,
+                 environment=environment)  # fmt: skip
+    lines = result.stderr.split("\n")  # not splitlines, which ends lines at more than \n
     n_failed = sum(expected not in (None, hostile.TEXT) for expected in corpus.values())
     assert result.returncode == 1 and f"{len(corpus)} recordings, {n_failed} failed, " in lines[-2]
-    assert sum(line.startswith("inference.py: error: ") for line in lines) == n_failed
     assert "Traceback" not in result.stderr
     outputs = [json.loads(path.read_bytes()) for path in (tmp_path / "out").iterdir()]
     texts = {content["path"]: content["text"] for content in outputs}
+    assert len(outputs) == len(corpus) - n_failed  # and no .part
     for path, expected in corpus.items():
         start = f"inference.py: error: {common.one_line(path)}: "
         errors = [line.removeprefix(start) for line in lines if line.startswith(start)]
-        check(path, expected, int(bool(errors)), texts.get(path, ""), errors[0] if errors else None)
-    assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".part")]
+        if expected in (None, hostile.TEXT):
+            assert (errors, texts[path]) == ([], expected or texts[path]), path
+        else:
+            assert len(errors) == 1 and re.search(expected, errors[0]), (path, errors)
 
 
 def test_folders_named_like_audio(tmp_path, infer):
@@ -97,13 +78,6 @@ def test_links_to_folders_are_followed_once(tmp_path, infer):
     (tmp_path / "real" / "up").symlink_to(tmp_path / "corpus")
     inputs, failed = inference.find_audio([str(tmp_path / "corpus")])
     assert (inputs, failed) == ({str(tmp_path / "corpus" / "link" / "a.wav"): "link/a.wav"}, [])
-
-
-def test_the_same_file_twice_is_transcribed_once(tmp_path, infer):
-    path = write(tmp_path / "a.wav", hostile.synthesize("さ"))
-    status, out, err = infer("--audio", path, tmp_path, path)
-    assert (status, out.count("さ")) == (0, 1) and "1 recording, " in err
-    assert infer("--audio", tmp_path, path, "-o", tmp_path / "out")[0] == 0
 
 
 @pytest.fixture
@@ -145,14 +119,6 @@ def test_no_permission(readable_by_all, request, infer):
     assert status in (1, 2) and "ermission" in err.splitlines()[0]
 
 
-def test_a_name_that_begins_with_a_dash(tmp_path, infer, monkeypatch):
-    write(tmp_path / "-x.wav", hostile.synthesize("さ"))
-    monkeypatch.chdir(tmp_path)
-    assert infer("--audio", "./-x.wav")[:2] == (0, "さ\n")
-    status, _, err = infer("--audio", "-x.wav")
-    assert status == 2 and "expected at least one argument" in err
-
-
 def test_a_name_that_is_not_utf_8_stays_exact(tmp_path, infer):
     path = tmp_path / os.fsdecode(b"\xff.wav")
     path.write_bytes(hostile.encode("WAV", hostile.synthesize("さ")))
@@ -161,47 +127,7 @@ def test_a_name_that_is_not_utf_8_stays_exact(tmp_path, infer):
     assert content["path"] == str(path)
 
 
-def noises() -> dict[str, np.ndarray]:
-    """Seconds of what is not speech, at 16 kHz."""
-    rng, sounds = np.random.default_rng(0), {}
-    for seconds in (1, 3, 10, 29, 60):
-        n = seconds * hostile.RATE
-        t = np.arange(n) / hostile.RATE
-        for level in (0.001, 0.01, 0.1):
-            sounds[f"white noise, {level}, {seconds} s"] = level * rng.normal(size=n)
-        sounds[f"hum, {seconds} s"] = 0.1 * sum(np.sin(2 * np.pi * 50 * k * t) / k for k in (1, 2, 3))
-        chords = [np.sin(2 * np.pi * f * t) for f in (261.6, 329.6, 392.0)]
-        sounds[f"chord, {seconds} s"] = 0.1 * sum(chords) * (1 + np.sin(2 * np.pi * 0.5 * t))
-        sounds[f"silence, {seconds} s"] = np.zeros(n)
-    return sounds
-
-
-def test_noise_gives_few_false_words(tmp_path, recognizer):
-    """The tiny model was trained on speech and on silence between it alone."""
-    sounds = noises()
-    paths = [write(tmp_path / f"{i}.wav", waveform) for i, waveform in enumerate(sounds.values())]
-    results = inference.transcribe(recognizer, paths, options_of())
-    counts = {}
-    for name, recording in zip(sounds, results, strict=True):
-        assert recording.error is None
-        kind = name.split(",")[0]
-        n_kana, seconds = counts.get(kind, (0, 0.0))
-        counts[kind] = n_kana + len(inference.full_text(recording, "ja")), seconds + recording.duration
-    print({kind: f"{n} kana in {seconds:.0f} s" for kind, (n, seconds) in counts.items()})
-    assert counts["silence"][0] == 0
-    # Speech has 2.5 kana a second, each a chord of two tones.
-    for kind, limit in (("white noise", 0.2), ("hum", 0.2), ("chord", 2)):
-        assert counts[kind][0] <= limit * counts[kind][1], counts
-
-
 def test_fuzz(tmp_path):
     """50 mutated files; python3 tests/stress/fuzz.py does 2,000."""
     outcome = fuzz.fuzz(50, seed=1)
     assert outcome["text"] + outcome["error"] == 50 and outcome["text"] > 5 and outcome["error"] > 5
-
-
-def test_a_file_that_hangs_would_be_noticed(monkeypatch):
-    monkeypatch.setattr(fuzz, "TIME_LIMIT_S", 3)
-    monkeypatch.setattr(fuzz, "COMMAND", [sys.executable, "-c", "import time; time.sleep(99)"])
-    with pytest.raises(SystemExit, match="no answer within 3 s"):
-        fuzz.fuzz(2, seed=0)

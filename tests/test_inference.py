@@ -16,7 +16,7 @@ import common
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, ROOT, run, start, write
+from conftest import MODEL, ROOT, run, run_process, start, write
 from tone_speech import random_text, spoken, synthesize
 
 import inference
@@ -105,8 +105,9 @@ def test_a_translation_is_spaced_as_its_own_language(tmp_path, infer, options, s
     os.symlink(MODEL, "bilingual")
     speech = [synthesize("こんにちは"), np.zeros(28 * 16_000), synthesize("さようなら")]
     path = write(tmp_path / "a.wav", np.concatenate(speech))
-    _, out, _ = infer("--audio", path, "-f", "json", *options)
+    _, out, err = infer("--audio", path, "-f", "json", *options)
     assert json.loads(out)["text"] == f"こんにちは{space}さようなら"
+    assert ("kotoba-whisper-bilingual-v1.0" in err) == (options == ["--task", "translate"])  # it cannot translate
 
 
 def test_a_recording_without_speech_has_all_its_outputs_and_says_so(tmp_path, infer):
@@ -146,17 +147,8 @@ def test_several_files_print_a_line_each_in_input_order(audio, infer):
     paths = [audio / "long.flac", audio / "hello.wav"]
     status, out, _ = infer("--audio", *paths)
     assert (status, out) == (0, f"{paths[0]}\t{spoken(LONG)}\n{paths[1]}\tこんにちは\n")
-
-
-def test_several_files_as_json_lines(audio, infer):
-    _, out, _ = infer("--audio", audio / "long.flac", audio / "hello.wav", "-f", "json")
+    _, out, _ = infer("--audio", *paths, "-f", "json")
     assert [json.loads(line)["text"] for line in out.splitlines()] == [spoken(LONG), "こんにちは"]
-
-
-@pytest.mark.parametrize("extension", ["srt", "vtt", "tsv"])
-def test_subtitles_of_one_file_on_stdout(audio, infer, extension):
-    status, out, _ = infer("--audio", audio / "hello.wav", "-f", extension)
-    assert status == 0 and "こんにちは" in out
 
 
 def test_a_folder_is_searched_and_its_tree_kept(audio, infer, tmp_path):
@@ -174,19 +166,16 @@ def test_a_rerun_overwrites_its_outputs(audio, infer, tmp_path):
     (tmp_path / "hello.txt").write_text("old and longer than the new text")
     assert infer("--audio", audio / "hello.wav", "-o", tmp_path)[0] == 0
     assert (tmp_path / "hello.txt").read_text() == "こんにちは\n"
-    assert (tmp_path / "hello.txt").stat().st_mode & 0o777 == 0o666 & ~_umask()
+    (tmp_path / "any").touch()
+    assert (tmp_path / "hello.txt").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@pytest.mark.parametrize("options", [("-f", "srt"), ("-f", "all"), ("-f", "tsv"), ("-f", "vtt")])
-def test_formats_that_need_a_folder_say_so(audio, infer, options):
-    status, out, err = infer("--audio", audio / "long.flac", audio / "hello.wav", *options)
+@pytest.mark.parametrize("extension", ["srt", "tsv", "vtt", "all"])
+def test_formats_that_need_a_folder_say_so(audio, infer, extension):
+    status, out, err = infer("--audio", audio / "long.flac", audio / "hello.wav", "-f", extension)
     assert (status, out) == (2, "") and "needs --output-dir" in one_line(err)
+    status, out, _ = infer("--audio", audio / "hello.wav", "-f", extension)
+    assert status == 2 if extension == "all" else status == 0 and "こんにちは" in out
 
 
 # --- errors ---
@@ -196,15 +185,10 @@ def test_formats_that_need_a_folder_say_so(audio, infer, options):
     "options, words",
     [
         (["--batch-size", "0"], "'0' is not a whole number of at least 1"),
-        (["--batch-size", "2.5"], "'2.5' is not a whole number"),
         (["--max-new-tokens", "445"], "'445' is not a whole number from 1 to 444"),
-        (["--chunk-length", "31"], "'31' is not a number from 1 to 30"),
         (["--chunk-length", "nan"], "'nan' is not a number from 1 to 30"),
         (["--device", "gpu"], "'gpu' is not npu, npu:N, cpu, cuda or cuda:N"),
-        (["--device", "npu:"], "'npu:' is not"),
-        (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--output-format", "docx"], "invalid choice: 'docx'"),
-        (["--task", "summarize"], "invalid choice"),
         (["--no-speech-threshold", "70"], "'70' is not a number from 0 to 1"),
     ],
 )
@@ -226,54 +210,40 @@ def no_model(monkeypatch):
     monkeypatch.setattr(common, "load_model", lambda *arguments: pytest.fail("the model was loaded"))
 
 
-def test_inputs_are_checked_before_the_model_is_loaded(tmp_path, infer, no_model):
+def test_inputs_and_outputs_are_checked_before_the_model_is_loaded(tmp_path, audio, infer, no_model):
     (tmp_path / "empty.wav").touch()
     (tmp_path / "folder").mkdir()
     for path, words in [("absent.wav", "no such file"), ("empty.wav", "empty"), ("folder", "no audio in this folder")]:
         status, out, err = infer("--audio", tmp_path / path)
         assert (status, out) == (1, "") and words in one_line(err) and path in err
-
-
-def test_outputs_are_checked_before_the_model_is_loaded(tmp_path, audio, infer, no_model):
-    (tmp_path / "file").touch()
-    status, _, err = infer("--audio", audio / "hello.wav", "-o", tmp_path / "file")
-    assert status == 2 and "File exists" in one_line(err)
-    status, _, err = infer("--audio", audio / "hello.wav", "-o", tmp_path / "file" / "below")
-    assert status == 2 and "Not a directory" in one_line(err)
+    for path, words in [("empty.wav", "File exists"), ("empty.wav/below", "Not a directory")]:
+        status, _, err = infer("--audio", audio / "hello.wav", "-o", tmp_path / path)
+        assert status == 2 and words in one_line(err)
 
 
 def test_two_inputs_with_one_output_name_get_one_each(tmp_path, infer):
     """x.wav and x.mp3 in a folder, and the same in another folder: all are transcribed."""
-    texts = {"a/x.wav": "さ", "a/x.mp3": "よ", "a/y.wav": "う", "b/x.wav": "な", "b/z.wav": "ら"}
+    texts = {"a/x.wav": "さ", "a/x.mp3": "よ", "a/y.wav": "う", "b/x.wav": "な", "b/z.wav": "ら", "a/x.mp3.ogg": "ひ"}
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, synthesize(text * 3))
     out = tmp_path / "out"
     status, _, err = infer("--audio", tmp_path / "a", tmp_path / "b", "-o", out)
-    assert status == 0 and "5 recordings, " in err and "failed" not in err
+    assert status == 0 and "6 recordings, " in err and "failed" not in err
     written = {str(path.relative_to(out)): path.read_text().strip() for path in out.rglob("*.txt")}
     whole = str(tmp_path).lstrip("/")
-    assert written == {"x.mp3.txt": "よよよ", "y.txt": "ううう", "z.txt": "ららら", f"{whole}/a/x.wav.txt": "さささ",
-                       f"{whole}/b/x.wav.txt": "ななな"}  # fmt: skip
-
-
-def test_names_stay_apart_whatever_they_are():
-    names = ["a/x.wav", "a/x.mp3", "b/x.wav", "a/x.wav.flac", "x", "x.txt", "c/a/x.wav", "a/y.wav"]
-    got = inference.output_names({name: os.path.basename(name) for name in names})
-    assert len(set(got.values())) == len(names) and got["a/y.wav"] == "y" and got["a/x.mp3"] == "x.mp3"
+    assert written == {
+        "y.txt": "ううう", "z.txt": "ららら", "x.mp3.ogg.txt": "ひひひ", f"{whole}/a/x.mp3.txt": "よよよ",
+        f"{whole}/a/x.wav.txt": "さささ", f"{whole}/b/x.wav.txt": "ななな",
+    }  # fmt: skip
 
 
 def test_a_file_named_in_several_ways_is_one(tmp_path, infer, monkeypatch):
     write(tmp_path / "a.wav", synthesize("さ"))
     (tmp_path / "link.wav").symlink_to("a.wav")
     monkeypatch.chdir(tmp_path)
-    status, out, err = infer("--audio", "a.wav", "./a.wav", tmp_path / "a.wav", "link.wav", ".")
+    status, out, err = infer("--audio", "a.wav", "./a.wav", "link.wav", "--audio", tmp_path / "a.wav", ".")
     assert (status, out) == (0, "さ\n") and "1 recording, " in err and "failed" not in err
-
-
-def test_audio_may_be_given_several_times(audio, infer):
-    status, out, _ = infer("--audio", audio / "hello.wav", "--audio", audio / "deep")
-    assert status == 0 and [line.split("\t")[1] for line in out.splitlines()] == ["こんにちは", "さようなら"]
 
 
 @pytest.mark.parametrize("through", ["", "link"])
@@ -322,11 +292,6 @@ def test_an_unknown_language(audio, infer):
     assert (status, out) == (2, "") and "--language jp" in one_line(err)
 
 
-def test_translate_says_that_the_model_does_not(audio, infer):
-    status, _, err = infer("--audio", audio / "hello.wav", "--task", "translate")
-    assert status == 0 and err.count("kotoba-whisper-bilingual-v1.0") == 1
-
-
 # --- how it ends ---
 
 
@@ -353,17 +318,16 @@ def test_a_closed_stdout_is_an_error_of_one_line_and_no_matter_with_files(audio,
     assert result.returncode == 0 and (tmp_path / "hello.txt").read_text() == "こんにちは\n"
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path):
-    """Each finds the file whole, and its own way of writing it undisturbed, whoever comes last."""
-    code = "import sys, inference\nfor i in range(300): inference.write_whole(sys.argv[1], sys.argv[2] * 100_000)"
-    path = tmp_path / "x.txt"
-    writers = [subprocess.Popen([sys.executable, "-c", code, path, letter], cwd=ROOT) for letter in "ab"]
-    contents = set()
-    while any(writer.poll() is None for writer in writers):
-        if path.exists():
-            contents.add(path.read_text())
-    assert [writer.returncode for writer in writers] == [0, 0]
-    assert contents <= {"a" * 100_000, "b" * 100_000} and os.listdir(tmp_path) == ["x.txt"]
+def test_librosa_that_may_not_keep_a_cache_is_one_line(tmp_path):
+    """numba keeps what it compiles in the package's folder or at home, and fails where it may write to neither."""
+    code = "import sys, inference, numba.core.caching as caching\n"
+    code += "for name in ('UserProvidedCacheLocator', 'InTreeCacheLocator', 'UserWideCacheLocator'):\n"
+    code += "    getattr(caching, name).from_function = classmethod(lambda cls, *arguments: None)\n"
+    code += "sys.exit(inference.main(sys.argv[1:]))"
+    path = write(tmp_path / "a.wav", synthesize("さようなら", 48_000), 48_000)
+    result = run_process("-c", code, "--audio", path, "--device", "cpu", "--model", MODEL, cwd=ROOT)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "librosa cannot be loaded (" in result.stderr and "set NUMBA_CACHE_DIR to a folder" in result.stderr
 
 
 def test_whatever_fails_while_a_file_is_read_is_its_error(audio, infer, monkeypatch):
@@ -378,17 +342,6 @@ def test_whatever_fails_while_a_file_is_read_is_its_error(audio, infer, monkeypa
     status, out, err = infer("--audio", audio / "hello.wav", audio / "deep")
     assert status == 1 and out.endswith("\tさようなら\n")
     assert f"error: {audio / 'hello.wav'}: cannot be read (ZeroDivisionError: by)" in err
-
-
-@pytest.mark.parametrize("extension", ["txt", "srt"])
-def test_librosa_that_may_not_keep_a_cache_is_one_line(tmp_path, infer, monkeypatch, extension):
-    def import_librosa():
-        raise common.SetupError("librosa cannot be loaded (cannot cache): set NUMBA_CACHE_DIR to ...")
-
-    monkeypatch.setattr(common, "import_librosa", import_librosa)
-    path = write(tmp_path / "a.wav", synthesize("さようなら", 48_000), 48_000)
-    status, out, err = infer("--audio", path, "-f", extension)
-    assert (status, out, err.count("\n")) == (2, "", 1) and "set NUMBA_CACHE_DIR to" in err
 
 
 def test_a_name_that_is_too_long_with_its_extension_is_refused_before_decoding(tmp_path, audio, infer):
@@ -406,10 +359,10 @@ def test_a_full_stdout_is_an_error(audio):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """A folder with 300 files of a few seconds."""
-    folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(8)
-    for i in range(300):
-        write(folder / f"{i:03d}.wav", synthesize(random_text(rng, 8)))
+    """A folder with 200 files of 3 s."""
+    folder = tmp_path_factory.mktemp("many")
+    for i in range(200):
+        write(folder / f"{i}.wav", synthesize("きのうはいいてん"))
     return folder
 
 
@@ -449,7 +402,7 @@ def test_a_killed_run_leaves_whole_files_or_none(many, tmp_path):
     process.kill()
     process.communicate()
     written = list(tmp_path.glob("*.json"))
-    assert 20 <= len(written) < 300
+    assert 20 <= len(written) < 200
     assert all(json.loads(path.read_text())["text"] for path in written)
 
 
@@ -474,8 +427,10 @@ def on_terminal(*arguments: str) -> str:
     return shown.decode()
 
 
-def test_a_progress_bar_in_seconds_of_audio(audio):
-    assert re.search(r"100%\|.*\| 5\d of 5\d s of audio", on_terminal("--audio", audio / "long.flac"))
+def test_a_progress_bar_in_seconds_of_audio_whatever_the_name(audio, tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.flac")
+    path.write_bytes((audio / "long.flac").read_bytes())
+    assert re.search(r"100%\|.*\| 5\d of 5\d s of audio", on_terminal("--audio", path))
 
 
 def test_a_long_run_without_a_terminal_says_something_every_minute(audio, infer, monkeypatch):
@@ -484,21 +439,6 @@ def test_a_long_run_without_a_terminal_says_something_every_minute(audio, infer,
     error, *lines, _ = err.splitlines()
     assert status == 1 and "absent.wav" in error and len(lines) == 6  # a chunk or a recording each
     assert re.fullmatch(r"inference\.py: \d+ s of audio done, 2 of 3 recordings, [\d.e+]+ times real time", lines[-1])
-
-
-def test_the_progress_bar_waits_for_no_pipe(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "a.wav")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    signal.alarm(20)  # else it would wait for ever
-    for paths in (["a.wav"], ["a.wav", "b.wav"]):
-        inference.progress_bar([str(tmp_path / name) for name in paths]).close()
-    signal.alarm(0)
-
-
-def test_on_a_terminal_a_name_may_be_any_bytes(audio, tmp_path):
-    path = tmp_path / os.fsdecode(b"\xff.flac")
-    path.write_bytes((audio / "long.flac").read_bytes())
-    assert "100%" in on_terminal("--audio", path)
 
 
 def test_help_states_every_option_and_default():

@@ -5,8 +5,11 @@ import statistics
 
 import common
 import pytest
+import seed_faults
 import torch
 from conftest import TESTS, run
+
+import eval_accuracy
 
 REAL = TESTS / "real_whisper"
 MODEL, TRUTH = REAL / "model", json.loads((REAL / "truth.json").read_text(encoding="utf-8"))
@@ -67,6 +70,25 @@ def test_sentences_begin_when_they_are_spoken(outputs, name):
     found = [(start, s["start"]) for start, s in zip(starts(outputs[name], sentences), sentences, strict=True)]
     errors = [abs(start - true) for start, true in found if start is not None]
     assert len(errors) >= 0.7 * len(sentences) and statistics.median(errors) <= 0.1, found
+
+
+def test_the_smallest_fault_is_beyond_the_limit_and_reordered_sums_are_not():
+    """LayerNorm with torch's usual epsilon in place of Whisper's shows on real weights alone."""
+    recognizer = common.load_model(str(MODEL), CPU, torch.float32)
+    [(_, _, waveform)] = common.read_chunks(str(REAL / "12_business.flac"), 15, pytest.fail)
+    features = common.extract_features(recognizer.extractor, waveform)
+
+    def decoded() -> eval_accuracy.Reference:
+        return eval_accuracy.Reference(recognizer, features, torch.float32, 40)
+
+    reference = decoded()
+    expected, rounding = reference.computed(reference.token_ids)
+    for change, is_fault in (seed_faults.reordered_reductions, False), (seed_faults.layer_norm_epsilon_small, True):
+        change(recognizer.model)
+        changed = decoded()
+        values = eval_accuracy.compare(expected, changed.forward(changed.encoded, reference.token_ids))
+        figures = eval_accuracy.limited(values, rounding, "", is_float32=True)
+        assert any(figure.is_fault for figure in figures) == is_fault, figures
 
 
 @needs_bfloat16
