@@ -30,6 +30,7 @@ FAKE_NPU = TESTS / "fake_npu"
 needs_fake = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10), reason="torch before 2.10 has no Python device hook"
 )
+NO_NPU = {"PYTHONPATH": str(FAKE_NPU), "FAKE_NPU_FAULT": "missing"}  # whatever this machine has
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 TIMEOUT_S = 300
 READ_AT_START = ("LD_", "LC_", "LANG", "PYTHONWARNINGS", "OMP_", "HF_", "NUMBA_")  # by Python or a package
@@ -128,17 +129,22 @@ def transcribe(recognizer):
 
 
 @pytest.fixture
-def infer(capsys, monkeypatch):
-    """Run inference.py in this process with the tiny model: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["inference.py"])
+def run_here(capsys, monkeypatch):
+    """Run a script's main in this process, with the tiny model on the CPU: (exit status, stdout, stderr)."""
 
-    def infer(*arguments: str) -> tuple[int, str, str]:
-        options = ["--model", MODEL, "--device", "cpu", "--dtype", "float32"]
+    def run_here(script, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
         capsys.readouterr()
         try:
-            status = inference.main([*options, *map(str, arguments)])
+            status = script.main(["--model", MODEL, "--device", "cpu", *map(str, arguments)])
         except SystemExit as end:
             status = end.code
         return status, *capsys.readouterr()
 
-    return infer
+    return run_here
+
+
+@pytest.fixture
+def infer(run_here):
+    """Run inference.py in this process, in float32."""
+    return functools.partial(run_here, inference, "--dtype", "float32")

@@ -10,9 +10,8 @@ from pathlib import Path
 import common
 import numpy as np
 import pytest
-import soundfile
 from conftest import ROOT, write
-from tone_speech import PAUSE, SLOT_S, random_text, synthesize
+from tone_speech import random_text, synthesize
 
 RATE = 16_000
 
@@ -41,42 +40,20 @@ def error_of(path) -> str:
 # --- chunks ---
 
 
-@pytest.mark.parametrize("rate", [1, 149, 44_100])
-@pytest.mark.parametrize("n_samples", [0, 1])
-@pytest.mark.parametrize("seconds", [1, 30, 61])
-def test_every_sample_belongs_to_one_chunk(tmp_path, rate, seconds, n_samples):
+@pytest.mark.parametrize("rate", [1, 149, 16_000])
+@pytest.mark.parametrize("seconds, n_samples, limit", [(1, 0, 15), (30, 0, 15), (30, 1, 15), (61, 1, 15), (31, 1, 1),
+                                                       (200, 1, 2.5), (200, 1, 30)])  # fmt: skip
+def test_chunks_have_every_sample_once_and_none_is_too_long_or_a_scrap(tmp_path, rate, seconds, n_samples, limit):
     samples = np.random.default_rng(seconds).normal(0, 0.1, seconds * rate + n_samples).astype(np.float32)
-    chunks = chunks_of(write(tmp_path / "noise.wav", samples, rate, subtype="FLOAT"))
-    assert (len(chunks) == 1) == (len(samples) <= 30 * rate)  # which fits the window
-    assert len(chunks) == 1 or max(len(waveform) for _, waveform in chunks) <= 15 * rate
+    chunks = chunks_of(write(tmp_path / "noise.wav", samples, rate, subtype="FLOAT"), limit)
+    lengths = [len(waveform) for _, waveform in chunks]
     assert np.array_equal(np.concatenate([waveform for _, waveform in chunks]), samples)
-    assert [start for start, _ in chunks] == list(np.cumsum([0] + [len(w) for _, w in chunks[:-1]]))
-
-
-@pytest.mark.parametrize("chunk_length_s", [1, 2.5, 15, 30])
-def test_no_chunk_is_longer_than_the_limit_or_a_scrap(tmp_path, chunk_length_s):
-    samples = np.random.default_rng(0).normal(0, 0.1, 200 * RATE + 1).astype(np.float32)
-    chunks = chunks_of(write(tmp_path / "noise.wav", samples, subtype="FLOAT"), chunk_length_s)
-    lengths = [len(waveform) / RATE for _, waveform in chunks]
-    assert max(lengths) <= chunk_length_s
-    assert min(lengths) >= min(0.5 * chunk_length_s - 0.5, common.SHORTEST_TAIL_S) - 1e-3
-    assert min(lengths[:-2]) >= 0.49 * chunk_length_s  # cuts lie in the latter half of the stretch
-
-
-@pytest.mark.parametrize("noise", [0.0, 1e-3])
-def test_cuts_fall_into_pauses_not_between_syllables(tmp_path, noise):
-    rng = np.random.default_rng(1)
-    text = random_text(rng, 120, pause_every=9)
-    samples = synthesize(text, RATE, pause_s=0.5)
-    path = write(tmp_path / "speech.wav", samples + rng.normal(0, noise, len(samples)))
-    pauses, t = [], 0.1
-    for character in text:
-        pauses += [(t - 0.08, t + 0.5)] if character == PAUSE else []  # a tone ends 0.08 s before its slot
-        t += 0.5 if character == PAUSE else SLOT_S
-    cuts = [start / RATE for start, _ in chunks_of(path)[1:]]
-    assert len(cuts) >= 3
-    for cut in cuts:
-        assert any(start + 0.1 < cut < end - 0.1 for start, end in pauses), f"{cut:.2f} s is not in a pause"
+    assert [start for start, _ in chunks] == list(np.cumsum([0, *lengths[:-1]]))
+    assert (len(chunks) == 1) == (len(samples) <= 30 * rate)  # which fits the window
+    if len(chunks) > 1 and rate > 1:
+        assert max(lengths) <= round(limit * rate)
+        assert min(lengths) >= min(0.5 * limit - 0.5, common.SHORTEST_TAIL_S) * rate - 2
+        assert min(lengths[:-2]) >= 0.48 * limit * rate  # cuts lie in the latter half of the stretch
 
 
 def test_cut_is_the_quietest_moment_of_the_latter_half():
@@ -106,12 +83,6 @@ def test_memory_held_does_not_grow_with_the_audio():
 # --- channels ---
 
 
-def test_channels_are_mixed_down(tmp_path):
-    left, right = np.full(RATE, 0.5), np.full(RATE, -0.25)
-    path = write(tmp_path / "stereo.wav", np.stack([left, right], axis=1), subtype="FLOAT")
-    assert np.allclose(read(path)[1], 0.125)
-
-
 @pytest.mark.parametrize("n_channels, hum", [(2, 0), (2, 0.1), (6, 0), (32, 0)])
 def test_a_channel_that_the_mix_would_lose(tmp_path, n_channels, hum):
     speech = synthesize("こんにちは") / 2
@@ -127,18 +98,12 @@ def test_a_channel_that_the_mix_would_lose(tmp_path, n_channels, hum):
 
 
 def test_files_without_audio_say_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "")  # no ffmpeg
-    assert error_of(tmp_path / "absent.wav") == "no such file or folder"
-    (tmp_path / "empty.wav").touch()
-    assert error_of(tmp_path / "empty.wav") == "empty (0 bytes)"
-    (tmp_path / "text.wav").write_text("こんにちは")
-    assert "libsndfile" in error_of(tmp_path / "text.wav") and "ffmpeg" in error_of(tmp_path / "text.wav")
+    monkeypatch.setenv("PATH", "")  # no ffmpeg; hostile.py has more of them
     assert "it has no samples" in error_of(write(tmp_path / "header.wav", np.zeros(0)))
-    os.mkfifo(tmp_path / "pipe.wav")
-    for path in (tmp_path / "pipe.wav", "-", "https://example.com/a.wav"):
+    for path in ("-", "https://example.com/a.wav"):
         assert error_of(path) == "not a regular file: save the sound to one first, and name that"
-    (tmp_path / "headerless.raw").write_bytes(bytes(1000))
-    assert "libsndfile" in error_of(tmp_path / "headerless.raw")
+    (tmp_path / "a.m4a").write_bytes(bytes(1000))
+    assert error_of(tmp_path / "a.m4a").endswith("; for m4a, mp4, webm and others put the ffmpeg program on the PATH")
 
 
 def test_what_comes_before_damage_is_kept_with_a_warning(tmp_path):
@@ -230,46 +195,10 @@ def assert_alike(samples: np.ndarray, expected: np.ndarray, rate: int, start_s: 
 ])  # fmt: skip
 def test_samples_through_ffmpeg_are_those_that_went_in(tmp_path, ffmpeg, extension, codec, n_channels, rate):
     waveform = stereo(synthesize(random_text(np.random.default_rng(0), 8), rate), n_channels)
-    got_rate, samples, warnings = read(encode(ffmpeg, waveform, rate, tmp_path / f"a.{extension}", "-c:a", codec))
+    path = tmp_path / f"- 'a' $HOME;.{extension}"  # what a shell would trip over
+    got_rate, samples, warnings = read(encode(ffmpeg, waveform, rate, path, "-c:a", codec))
     assert (got_rate, len(samples), warnings) == (rate, len(waveform), [])
     assert np.abs(samples - waveform.mean(1)).max() < 1e-4
-
-
-@pytest.mark.parametrize("extension, codec", [("mp3", "libmp3lame"), ("opus", "libopus"), ("m4a", "aac"),
-    ("webm", "libopus"), ("wma", "wmav2"), ("avi", "libmp3lame"), ("3gp", "aac"), ("wv", "wavpack")])  # fmt: skip
-def test_a_name_with_what_a_shell_would_trip_over(tmp_path, ffmpeg, extension, codec):
-    waveform, path = synthesize("こんにちは", 48_000), tmp_path / f"- 'a' $HOME;.{extension}"
-    rate, samples, warnings = read(encode(ffmpeg, waveform, 48_000, path, "-c:a", codec))
-    assert warnings == [] and len(samples) / rate == pytest.approx(2.1, abs=0.1)
-    assert_alike(samples, waveform, rate)
-
-
-@pytest.mark.parametrize("first, second", [((48_000, 1), (48_000, 2)), ((48_000, 6), (32_000, 1))])
-@pytest.mark.parametrize("extension", ["ts", "aac"])
-def test_broadcasts_change_their_format_on_the_way(tmp_path, ffmpeg, extension, first, second):
-    data, spoken = b"", []
-    for text, (rate, n_channels) in (("こんにちは", first), ("さようなら", second)):
-        waveform, path = stereo(synthesize(text, rate), n_channels), tmp_path / f"a.{extension}"
-        data += encode(ffmpeg, waveform, rate, path, "-c:a", "aac").read_bytes()
-        spoken.append(synthesize(text, 48_000))
-    (tmp_path / f"b.{extension}").write_bytes(data)
-    rate, samples, _ = read(tmp_path / f"b.{extension}")
-    assert rate == 48_000 and len(samples) / rate == pytest.approx(4.25, abs=0.1)
-    assert_alike(samples[: 2 * rate], spoken[0], rate)
-    assert_alike(samples[2 * rate :], spoken[1], rate, start_s=0.15)
-
-
-def test_an_m4a_with_bytes_flipped_is_heard(tmp_path, ffmpeg):
-    waveform = synthesize("こんにちは" * 30, 48_000)
-    path = encode(ffmpeg, waveform, 48_000, tmp_path / "a.m4a")
-    data = bytearray(path.read_bytes())
-    for i in range(len(data) // 2, len(data) // 2 + 40):
-        data[i] ^= 0xFF
-    path.write_bytes(data)
-    rate, samples, [warning] = read(path)
-    assert len(samples) / rate == pytest.approx(60, abs=0.3) and warning.startswith("ffmpeg says: ")
-    assert_alike(samples[: 25 * rate], waveform[: 25 * rate], rate)
-    assert_alike(samples[35 * rate :], waveform[35 * rate :], rate)
 
 
 @pytest.mark.parametrize("extension, options", [("webm", []), ("mkv", ["-c:a", "flac"]), ("aac", []),
@@ -279,7 +208,7 @@ def test_a_recording_cut_at_three_quarters_is_heard_to_there(tmp_path, ffmpeg, e
     path = encode(ffmpeg, waveform, 48_000, tmp_path / f"a.{extension}", *options)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
     rate, samples, [warning] = read(path)
-    assert len(samples) / rate == pytest.approx(15, abs=1.5) and "ffmpeg" in warning
+    assert len(samples) / rate == pytest.approx(15, abs=1.5) and warning.startswith("ffmpeg ")
     assert_alike(samples[: 13 * rate], waveform, rate)
 
 
@@ -298,14 +227,15 @@ def test_a_recorder_that_was_stopped_before_it_wrote_the_length(tmp_path, ffmpeg
         assert np.array_equal(np.round(got * 32768), samples[: max(1, n_bytes // 2)])
 
 
-def test_a_line_of_the_dynamic_loader_costs_no_recording_and_hides_no_reason(tmp_path, ffmpeg, monkeypatch):
+def test_what_ffmpeg_cannot_read_is_one_line_whatever_the_dynamic_loader_says(tmp_path, ffmpeg, monkeypatch):
     path = encode(ffmpeg, synthesize("こんにちは"), RATE, tmp_path / "a.m4a", "-c:a", "alac")
-    expected = read(path)[1]
+    subprocess.run([ffmpeg, "-v", "error", *PICTURE, tmp_path / "picture.mp4"], check=True)
     monkeypatch.setenv("LD_PRELOAD", "/nowhere/libgomp.so.1")
     _, samples, warnings = read(path)
-    assert np.array_equal(samples, expected) and warnings == []
-    (tmp_path / "text.m4a").write_text("こんにちは" * 100)
-    assert "moov atom not found" in error_of(tmp_path / "text.m4a")
+    assert len(samples) == 2.1 * RATE and warnings == []
+    assert error_of(tmp_path / "picture.mp4").startswith("no sound in it that ffmpeg can read (")
+    path.write_bytes(path.read_bytes()[:1500])  # the table of contents stands at the end
+    assert "moov atom not found" in error_of(path)
 
 
 PICTURE = ["-f", "lavfi", "-i", "testsrc=size=160x120:rate=25:duration=8"]
@@ -333,19 +263,20 @@ def test_ten_seconds_that_are_missing_stay_missing(tmp_path, ffmpeg, extension, 
 
 
 @pytest.mark.parametrize("extension, codec", [("mp3", "libmp3lame"), ("ogg", "libvorbis"), ("opus", "libopus"),
-    ("aac", "aac"), ("webm", "libopus"), ("mkv", "flac"), ("ts", "mp2"), ("ac3", "ac3")])  # fmt: skip
+    ("aac", "aac"), ("webm", "libopus"), ("mkv", "flac"), ("ts", "mp2"), ("ts", "aac"), ("ac3", "ac3")])  # fmt: skip
 def test_joined_recordings_are_heard_to_the_end(tmp_path, ffmpeg, extension, codec):
-    """The clock of the second begins anew. Also where they differ in sampling rate; but newer versions of ffmpeg refuse
-    that in Vorbis, and say so."""
-    data = b""
-    for text, rate in (("こんにちは", 48_000), ("さようなら", 48_000 if codec == "flac" else 32_000)):
-        path = tmp_path / f"a.{extension}"
-        data += encode(ffmpeg, synthesize(text, rate), rate, path, "-c:a", codec).read_bytes()
+    """The clock of the second begins anew, as in broadcasts, where channels and sampling rate change on the way too.
+    Newer versions of ffmpeg refuse that in Ogg, and say so."""
+    data, path = b"", tmp_path / f"a.{extension}"
+    second = {"flac": (48_000, 1), "aac": (32_000, 6)}.get(codec, (32_000, 2))
+    for text, (rate, n_channels) in (("こんにちは", (48_000, 1)), ("さようなら", second)):
+        waveform = stereo(synthesize(text, rate), n_channels)
+        data += encode(ffmpeg, waveform, rate, path, "-c:a", codec).read_bytes()
     path.write_bytes(data)
     rate, samples, warnings = read(path)
     assert_alike(samples, synthesize("こんにちは", rate), rate)
-    if any("Sample rate change is not supported" in warning for warning in warnings):
-        assert codec == "libvorbis"
+    if any(" change is not supported" in warning for warning in warnings):
+        assert extension in ("ogg", "opus")
         return
     assert len(samples) / rate == pytest.approx(4.2, abs=0.2)
     assert_alike(samples[-2 * rate :], synthesize("さようなら", rate)[-2 * rate :], rate)
@@ -364,20 +295,9 @@ def test_bytes_behind_the_end_and_missing_bytes_are_counted(tmp_path, ffmpeg, fo
                              f"{n_bytes} bytes that its header declares are missing at the end"]  # fmt: skip
 
 
-def test_what_ffmpeg_cannot_read_is_one_line(tmp_path, ffmpeg):
-    (tmp_path / "text.m4a").write_text("こんにちは" * 100)
-    assert error_of(tmp_path / "text.m4a").startswith("no sound in it that ffmpeg can read (")
-    subprocess.run([ffmpeg, "-v", "error", *PICTURE, tmp_path / "picture.mp4"], check=True)
-    assert error_of(tmp_path / "picture.mp4").startswith("no sound in it that ffmpeg can read (")
-    path = encode(ffmpeg, synthesize("こんにちは"), RATE, tmp_path / "a.m4a")
-    path.write_bytes(path.read_bytes()[:-500])  # the table of contents stands at the end
-    assert "ffmpeg can read (" in error_of(path)
-
-
 def test_ffmpeg_that_ends_with_an_error_on_the_way(tmp_path, monkeypatch):
     """No damage brings both ffmpeg to that; a full disk or too little memory would."""
-    wav = write(tmp_path / "b.wav", synthesize("こんにちは"), subtype="FLOAT")
-    soundfile.write(tmp_path / "b.au", soundfile.read(wav)[0], RATE, subtype="FLOAT")
+    write(tmp_path / "b.au", synthesize("こんにちは"), subtype="FLOAT")
     (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\ncat {tmp_path}/b.au; echo out of ink >&2; exit 69\n")
     (tmp_path / "ffmpeg").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

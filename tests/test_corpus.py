@@ -2,7 +2,6 @@
 import gc
 import os
 import re
-import resource
 import socket
 import subprocess
 import sys
@@ -135,38 +134,6 @@ def test_skip_existing(corpus, tmp_path, infer, monkeypatch):
 
 
 # --- what fails on the way ---
-
-
-def test_a_file_that_disappears(corpus, infer, monkeypatch):
-    folder, _ = corpus
-    gone = str(folder / "gone.wav")
-    write(folder / "gone.wav", synthesize("さ"))
-    load = common.load_model
-    monkeypatch.setattr(common, "load_model", lambda *arguments: os.remove(gone) or load(*arguments))
-    status, out, err = infer("--audio", folder)
-    assert (status, out.count("\n")) == (1, 10) and f"error: {gone}: no such file" in err
-
-
-def test_a_full_disk_fails_the_files_that_do_not_fit(corpus, tmp_path, infer, monkeypatch):
-    """No output grows over 40 bytes: of a full disk the part that needs no rights to set up."""
-    folder, texts = corpus
-    before, write_whole = resource.getrlimit(resource.RLIMIT_FSIZE), inference.write_whole
-
-    def write_on_a_full_disk(*arguments):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
-        try:
-            write_whole(*arguments)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    monkeypatch.setattr(inference, "write_whole", write_on_a_full_disk)
-    status, _, err = infer("--audio", folder, "-o", tmp_path)
-    long = {name for name, text in texts.items() if len(f"{text}\n".encode()) > 40}
-    assert 0 < len(long) < 10
-    assert status == 1 and f"10 recordings, {len(long)} failed, " in err
-    assert err.count("File too large") == len(long)
-    assert {str(p.relative_to(tmp_path))[:-4] for p in tmp_path.rglob("*.txt")} == set(texts) - long
-    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_what_is_kept_of_many_files_does_not_grow(corpus, recognizer):

@@ -1,12 +1,11 @@
 """eval_performance.py: what it measures adds up, and it cannot be misread."""
 import json
-import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAKE_NPU, MODEL, needs_fake, run, write
-from tone_speech import random_text, synthesize
+from conftest import FAKE_NPU, MODEL, NO_NPU, needs_fake, run, write
+from tone_speech import synthesize
 
 import eval_performance
 
@@ -23,7 +22,7 @@ def table(text: str) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def report() -> dict:
     """The JSON of a run on both devices."""
-    options = [*QUICK, "--batch-sizes", "3", "--durations", "1,32.5", "--json"]
+    options = [*QUICK, "--batch-sizes", "3", "--durations", "1,32.5", "--times", "--json"]
     result = run("eval_performance.py", *options, environment=FAKE)
     assert (result.returncode, result.stderr) == (0, "")
     return json.loads(result.stdout)
@@ -50,15 +49,11 @@ def test_the_figures_printed_are_those_of_the_samples_and_the_user_s_come_first(
         medians.append(np.median(m["samples_s"]))
         assert cells["time, median (s)"][i] == f"{medians[i]:.3f}"
         assert cells["RTF"][i] == f"{medians[i]:.3f} / 3.0 = {medians[i] / 3:.4f}"
-        assert cells["first run, cold (s)"][i] == f"{m['first_s']:.3f}"
+        assert cells["first run, cold (s)"][i] == f"{m['first_s']:.3f}" and m["first_s"] not in m["samples_s"]
         stages_s = {name: np.median(samples) for name, samples in m["stages_s"].items()}
-        assert cells["encoder (ms)"][i] == f"{1000 * stages_s['encoder']:.1f}" and stages_s["encoder"] > 0
-        total, share = re.fullmatch(r"([\d.]+), ([\d.]+) % of the time", cells["sum of the stages (ms)"][i]).groups()
-        assert float(total) == pytest.approx(1000 * sum(stages_s.values()), abs=0.06)
-        assert float(share) == pytest.approx(100 * sum(stages_s.values()) / medians[i], abs=0.6)
-        rate, share = re.match(r"(\d+), ([\d.]+) of the", cells["encoder (GFLOP/s)"][i]).groups()
-        assert float(rate) == pytest.approx(column["encoder_operations"] / stages_s["encoder"] / 1e9, abs=0.51)
-        assert "times (ms)" not in cells
+        assert all(stages_s.values()) and cells["encoder (ms)"][i] == f"{1000 * stages_s['encoder']:.1f}"
+        share = 100 * sum(stages_s.values()) / medians[i]
+        assert cells["sum of the stages (ms)"][i].endswith(f", {share:.0f} % of the time")
     speed_up = f"{medians[0]:.3f} / {medians[1]:.3f} = {medians[0] / medians[1]:.2f}"
     assert cells["speed-up over the CPU"] == ["", speed_up]
     batch_s = np.median(report["columns"][0]["measurements"][1]["samples_s"])
@@ -78,40 +73,31 @@ def test_the_operations_of_the_encoder_are_those_that_torch_counts():
 @needs_fake
 def test_no_work_is_pending_when_the_clock_is_read():
     code = """if True:
-        import sys, time, torch
-        import common, eval_performance
-        device = common.select_device("npu")
+        import sys, time, torch, types, common, eval_performance
+        common.select_device("npu")
         import torch_npu
-        import types
-        reads = []
+        torch.ones(1, device="npu") + 1
+        assert torch_npu.STATS["pending"] > 0  # so it does count
+        torch.npu.synchronize()
+        launches = []
         def perf_counter():
-            reads.append((torch_npu.STATS["pending"], torch_npu.STATS["launches"]))
+            assert torch_npu.STATS["pending"] == 0
+            launches.append(torch_npu.STATS["launches"])
             return time.perf_counter()
         eval_performance.time = types.SimpleNamespace(perf_counter=perf_counter)
-        status = eval_performance.main(sys.argv[1:])
-        assert status == 0, status
-        assert [pending for pending, _ in reads] == [0] * len(reads), reads
-        launches = [after - before for (_, before), (_, after) in zip(reads, reads[1:])]
-        busy = sum(n > 0 for n in launches)
-        print("reads", len(reads), "with work in between", busy)
+        assert eval_performance.main(sys.argv[1:]) == 0
+        n_busy = sum(after > before for before, after in zip(launches, launches[1:]))
+        assert n_busy >= 3 * 4, n_busy  # in three runs: copy, encoder, decode, and all of it
     """
     result = run("-c", code, *QUICK, "--device", "npu", environment=FAKE)
     assert result.returncode == 0, result.stderr
-    n_reads, n_busy = map(int, re.search(r"reads (\d+) with work in between (\d+)", result.stdout).groups())
-    assert n_reads > 3 * 2 * 7 and n_busy >= 3 * 4  # on the NPU: copy, encoder, decode and a whole run, three times
 
 
 def test_without_an_npu_the_cpu_alone_and_the_reason():
-    result = run("eval_performance.py", *QUICK)
+    result = run("eval_performance.py", *QUICK, environment=NO_NPU)
     cells = table(result.stdout)
     assert result.returncode == 0 and cells["tokens"] == ["9"] and "speed-up over the CPU" not in cells
     assert result.stderr.count("\n") == 1 and "not on an NPU: torch_npu is not installed" in result.stderr
-
-
-def test_an_npu_asked_for_and_not_there():
-    result = run("eval_performance.py", *QUICK, "--device", "npu")
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert result.stderr.startswith("eval_performance.py: error: --device npu: torch_npu is not installed")
 
 
 @needs_fake
@@ -131,39 +117,19 @@ def test_unequal_numbers_of_tokens_void_the_comparison(tmp_path):
     assert table(result.stdout)["speed-up over the CPU"][1] == "void: 4 tokens, not 6"
 
 
-def test_recordings_end_where_their_text_ends_and_have_times_where_asked(tmp_path):
-    texts = [random_text(np.random.default_rng(i), 60, 6) for i in range(2)]
-    paths = [write(tmp_path / f"{i}.flac", synthesize(text, 44_100), 44_100) for i, text in enumerate(texts)]
-    options = [*QUICK, "--max-new-tokens", 64, "--device", "cpu", "--times", "--audio", *paths]
-    result = run("eval_performance.py", *options)
-    cells = table(result.stdout)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert 120 < int(cells["tokens"][0]) < 2 * 64 * 3 and float(cells["times (ms)"][0]) > 0
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--runs", "0"], "'0' is not a whole number of at least 1"),
-        (["--batch-sizes", "1,x"], "'x' is not a whole number from 1 to 1024"),
-        (["--durations", "3,0"], "'0' is not a number from 1 to 36000"),
-        (["--durations", "inf"], "'inf' is not a number from 1 to 36000"),
-    ],
-)
+@pytest.mark.parametrize("options, words", [
+    (["--runs", "0"], "'0' is not a whole number of at least 1"),
+    (["--batch-sizes", "1,x"], "'x' is not a whole number from 1 to 1024"),
+    (["--durations", "3,inf"], "'inf' is not a number from 1 to 36000"),
+])  # fmt: skip
 def test_wrong_options(options, words, capsys):
     with pytest.raises(SystemExit) as end:
         eval_performance.main(options)
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content, words", [(None, "no such file"), ("silence", "has sound that changes"),
-                                            ("text", "a.wav: no")])  # fmt: skip
-def test_audio_that_cannot_be_measured(tmp_path, content, words):
-    """With ffmpeg there is "no sound in it", without "not audio"."""
-    path = tmp_path / "a.wav"
-    if content == "silence":
-        write(path, np.zeros(16_000))
-    elif content:
-        path.write_text("こんにちは")
+@pytest.mark.parametrize("is_there, words", [(False, "no such file"), (True, "has sound that changes")])
+def test_audio_that_cannot_be_measured(tmp_path, is_there, words):
+    path = write(tmp_path / "a.wav", np.zeros(16_000)) if is_there else tmp_path / "absent.wav"
     result = run("eval_performance.py", *QUICK, "--device", "cpu", "--audio", path)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1) and words in result.stderr

@@ -1,13 +1,12 @@
 """inference.py as its users meet it: options, output formats, messages, exit status."""
+import errno
 import json
 import os
-import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 import types
 from collections import Counter
@@ -26,12 +25,12 @@ LONG = random_text(np.random.default_rng(7), 100, 7)  # some 50 s
 
 @pytest.fixture(scope="module")
 def audio(tmp_path_factory):
-    """A folder with hello.wav, long.flac, deep/er/bye.mp3 and things that are not audio."""
+    """A folder with hello.wav, long.flac, deep/er/bye.MP3 and things that are not audio."""
     folder = tmp_path_factory.mktemp("audio")
     write(folder / "hello.wav", synthesize("こんにちは"))
     write(folder / "long.flac", synthesize(LONG))
     (folder / "deep" / "er").mkdir(parents=True)
-    write(folder / "deep" / "er" / "bye.mp3", synthesize("さようなら", 48_000), 48_000)
+    write(folder / "deep" / "er" / "bye.MP3", synthesize("さようなら", 48_000), 48_000)
     (folder / "notes.txt").write_text("not audio")
     (folder / ".hidden.wav").write_text("not audio")
     return folder
@@ -95,17 +94,25 @@ def test_json():
     assert not content["segments"][0]["looping"] and not content["segments"][0]["token_limit"]
 
 
-@pytest.mark.parametrize("options, space", [
-    ([], ""), (["--task", "translate"], " "), (["--task", "translate", "--model", "bilingual"], ""),
-    (["--task", "translate", "--model", "bilingual", "--language", "en"], " "),
+@pytest.mark.parametrize("options, prompt, space", [
+    ([], "<|ja|><|transcribe|>", ""), (["--task", "translate"], "<|ja|><|translate|>", " "),
+    (["--task", "translate", "--model", "bilingual"], "<|ja|><|translate|>", ""),
+    (["--task", "translate", "--model", "bilingual", "--language", "en"], "<|en|><|translate|>", " "),
 ])  # fmt: skip
-def test_a_translation_is_spaced_as_its_own_language(tmp_path, infer, options, space, monkeypatch):
-    """English without kotoba's bilingual model, and what --language names with it."""
+def test_the_model_is_told_the_task_and_a_translation_is_spaced(tmp_path, infer, monkeypatch, options, prompt, space):
+    """The text is English without kotoba's bilingual model, and what --language names with it."""
+    generate, prompts = common.generate, []
+
+    def note_prompt(recognizer, *rest):
+        prompts.append(recognizer.tokenizer.decode(recognizer.prompt))
+        return generate(recognizer, *rest)
+
+    monkeypatch.setattr(common, "generate", note_prompt)
     monkeypatch.chdir(tmp_path)
     os.symlink(MODEL, "bilingual")
     speech = [synthesize("こんにちは"), np.zeros(28 * 16_000), synthesize("さようなら")]
-    path = write(tmp_path / "a.wav", np.concatenate(speech))
-    _, out, err = infer("--audio", path, "-f", "json", *options)
+    _, out, err = infer("--audio", write(tmp_path / "a.wav", np.concatenate(speech)), "-f", "json", *options)
+    assert prompts[0] == f"<|startoftranscript|>{prompt}<|notimestamps|>"
     assert json.loads(out)["text"] == f"こんにちは{space}さようなら"
     assert ("kotoba-whisper-bilingual-v1.0" in err) == (options == ["--task", "translate"])  # it cannot translate
 
@@ -138,36 +145,28 @@ def test_the_closing_line_says_what_is_not_zero():
     )
 
 
-def test_a_long_file_prints_a_line_per_sentence(audio, infer):
-    _, out, _ = infer("--audio", audio / "long.flac")
-    assert len(out.splitlines()) >= 4 and out.replace("\n", "") == spoken(LONG)
-
-
-def test_several_files_print_a_line_each_in_input_order(audio, infer):
-    paths = [audio / "long.flac", audio / "hello.wav"]
+def test_several_files_print_a_line_each_in_input_order(audio, infer, tmp_path):
+    paths = [audio / "long.flac", shutil.copy(audio / "hello.wav", tmp_path / "new\nline.wav")]
     status, out, _ = infer("--audio", *paths)
-    assert (status, out) == (0, f"{paths[0]}\t{spoken(LONG)}\n{paths[1]}\tこんにちは\n")
+    assert (status, out) == (0, f"{paths[0]}\t{spoken(LONG)}\n{tmp_path}/new\\nline.wav\tこんにちは\n")
     _, out, _ = infer("--audio", *paths, "-f", "json")
     assert [json.loads(line)["text"] for line in out.splitlines()] == [spoken(LONG), "こんにちは"]
 
 
-def test_a_folder_is_searched_and_its_tree_kept(audio, infer, tmp_path):
-    status, out, err = infer("--audio", audio, "-o", tmp_path / "new" / "out", "-f", "all")
-    assert (status, out) == (0, "") and "inference.py: 3 recordings, " in err and "failed" not in err
-    written = {str(path.relative_to(tmp_path / "new" / "out")) for path in (tmp_path / "new").rglob("*.*")}
+def test_a_folder_is_searched_its_tree_kept_and_outputs_are_overwritten(audio, infer, tmp_path):
+    out = tmp_path / "new" / "out"
+    out.mkdir(parents=True)
+    (out / "hello.txt").write_text("old and longer than the new text")
+    status, said, err = infer("--audio", audio, "-o", out, "-f", "all")
+    assert (status, said) == (0, "") and "inference.py: 3 recordings, " in err and "failed" not in err
+    written = {str(path.relative_to(out)) for path in out.rglob("*.*")}
     assert written == {f"{n}.{e}" for n in ("hello", "long", "deep/er/bye") for e in inference.FORMATS}
-    assert (tmp_path / "new/out/deep/er/bye.txt").read_text() == "さようなら\n"
-    [segment] = json.loads((tmp_path / "new/out/hello.json").read_text())["segments"]
-    assert (segment["start"], segment["text"]) == (0.1, "こんにちは")
-    assert segment["end"] == pytest.approx(2.02, abs=0.25)  # the end of the text takes some of the last sound
-
-
-def test_a_rerun_overwrites_its_outputs(audio, infer, tmp_path):
-    (tmp_path / "hello.txt").write_text("old and longer than the new text")
-    assert infer("--audio", audio / "hello.wav", "-o", tmp_path)[0] == 0
-    assert (tmp_path / "hello.txt").read_text() == "こんにちは\n"
+    assert (out / "hello.txt").read_text() == "こんにちは\n" and (out / "deep/er/bye.txt").read_text() == "さようなら\n"
     (tmp_path / "any").touch()
-    assert (tmp_path / "hello.txt").stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert (out / "hello.txt").stat().st_mode == (tmp_path / "any").stat().st_mode
+    [segment] = json.loads((out / "hello.json").read_text())["segments"]
+    assert (segment["start"], segment["text"], segment["times"]) == (0.1, "こんにちは", "aligned")
+    assert segment["end"] == pytest.approx(2.02, abs=0.25)  # the end of the text takes some of the last sound
 
 
 @pytest.mark.parametrize("extension", ["srt", "tsv", "vtt", "all"])
@@ -181,17 +180,14 @@ def test_formats_that_need_a_folder_say_so(audio, infer, extension):
 # --- errors ---
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--batch-size", "0"], "'0' is not a whole number of at least 1"),
-        (["--max-new-tokens", "445"], "'445' is not a whole number from 1 to 444"),
-        (["--chunk-length", "nan"], "'nan' is not a number from 1 to 30"),
-        (["--device", "gpu"], "'gpu' is not npu, npu:N, cpu, cuda or cuda:N"),
-        (["--output-format", "docx"], "invalid choice: 'docx'"),
-        (["--no-speech-threshold", "70"], "'70' is not a number from 0 to 1"),
-    ],
-)
+@pytest.mark.parametrize("options, words", [
+    (["--batch-size", "0"], "'0' is not a whole number of at least 1"),
+    (["--max-new-tokens", "445"], "'445' is not a whole number from 1 to 444"),
+    (["--chunk-length", "nan"], "'nan' is not a number from 1 to 30"),
+    (["--device", "gpu"], "'gpu' is not npu, npu:N, cpu, cuda or cuda:N"),
+    (["--output-format", "docx"], "invalid choice: 'docx'"), (["--language", "jp"], "--language jp: not a language of"),
+    (["--no-speech-threshold", "70"], "'70' is not a number from 0 to 1"),
+])  # fmt: skip
 def test_wrong_options(audio, infer, options, words):
     status, out, err = infer("--audio", audio / "hello.wav", *options)
     assert (status, out) == (2, "") and words in err.splitlines()[-1]
@@ -257,27 +253,49 @@ def test_an_output_that_is_an_input_is_refused(tmp_path, infer, no_model, throug
     assert (tmp_path / "recordings" / "odd.txt").read_bytes() == before
 
 
-def test_some_files_failed(tmp_path, audio, infer):
-    (tmp_path / "bad.wav").write_text("not audio")
-    status, out, err = infer("--audio", tmp_path / "bad.wav", tmp_path / "absent.wav", audio / "hello.wav")
-    assert (status, out) == (1, f"{audio / 'hello.wav'}\tこんにちは\n")
-    absent, bad, closing = err.splitlines()
-    assert "absent.wav: no such file" in absent and "3 recordings, 2 failed, " in closing
-    assert re.search(r"bad\.wav: (not audio|no sound in it)", bad)  # without ffmpeg, and with it
+def test_a_recording_fails_alone_and_a_damaged_one_has_a_warning(tmp_path, audio, infer, monkeypatch):
+    bad, odd, damaged = (tmp_path / name for name in ("bad.wav", "odd.wav", "damaged.flac"))
+    bad.write_text("not audio")
+    odd.write_text("not audio")
+    damaged.write_bytes((audio / "long.flac").read_bytes()[:200_000])
+    read = common.read_chunks
+
+    def read_chunks(path, *options):
+        if path == str(odd):
+            raise ZeroDivisionError("by\nnought")
+        return read(path, *options)
+
+    monkeypatch.setattr(common, "read_chunks", read_chunks)
+    status, out, err = infer("--audio", bad, "absent.wav", odd, damaged, audio / "hello.wav", "-f", "json")
+    first, second = map(json.loads, out.splitlines())
+    assert (status, second["text"], second["warnings"]) == (1, "こんにちは", [])
+    assert spoken(LONG).startswith(first["text"][:20])
+    assert f"warning: {damaged}: {first['warnings'][0]}\n" in err
+    assert "error: absent.wav: no such file" in err and f"error: {odd}: cannot be read (ZeroDivisionError: by)\n" in err
+    assert re.search(r"error: \S+bad\.wav: (not audio|no sound in it)", err)  # without ffmpeg, and with it
+    assert "5 recordings, 3 failed, " in err.splitlines()[-1] and "; 1 warning" in err.splitlines()[-1]
 
 
-def test_an_output_that_cannot_be_written_fails_its_file(tmp_path, audio, infer):
+def test_an_output_that_cannot_be_written_whole_is_not_written_and_fails_its_file(tmp_path, audio, infer, monkeypatch):
     (tmp_path / "hello.txt").mkdir()
     status, _, err = infer("--audio", audio, "-o", tmp_path)
     assert status == 1 and "hello.txt: Is a directory" in err and "3 recordings, 1 failed, " in err
-    assert (tmp_path / "long.txt").exists() and not list(tmp_path.rglob("*.part"))
+    (tmp_path / "long.txt").write_text("old")
+
+    def fsync(file) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    status, _, err = infer("--audio", audio / "long.flac", audio / "hello.wav", "-o", tmp_path, "-f", "all")
+    assert status == 1 and err.count("No space left on device") == 2
+    assert (tmp_path / "long.txt").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["deep", "hello.txt", "long.txt"]  # and no .part
 
 
 def test_a_model_that_is_not_there(audio):
     arguments = ["--audio", audio / "hello.wav", "--device", "cpu", "--model"]
     for model, words, environment in [
         ("no/such/folder", "no such folder", {}),
-        ("./nowhere", "no such folder", {}),
         (audio / "hello.wav", "this is a file, not the folder of a model", {}),
         ("someone/some-model", "HF_HUB_OFFLINE forbids it now: unset HF_HUB_OFFLINE", {}),
         ("someone/some-model", "set HF_ENDPOINT=https://hf-mirror.com, or name a folder",
@@ -287,35 +305,28 @@ def test_a_model_that_is_not_there(audio):
         assert (result.returncode, result.stdout) == (2, "") and words in one_line(result.stderr)
 
 
-def test_an_unknown_language(audio, infer):
-    status, out, err = infer("--audio", audio / "hello.wav", "--language", "jp")
-    assert (status, out) == (2, "") and "--language jp" in one_line(err)
-
-
 # --- how it ends ---
 
 
-def test_head_ends_it_quietly(audio):
-    command = f"{sys.executable} inference.py --device cpu --model {MODEL} --audio {audio} {audio} {audio} | head -n 1"
-    command += "; exit ${PIPESTATUS[0]}"
-    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.count("\n") == 1 and result.returncode in (0, 141)
-    assert [line for line in result.stderr.splitlines() if "3 recordings, " not in line] == []
+def test_a_reader_that_has_gone_ends_it_quietly(audio):
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = run_process("inference.py", "--audio", audio, "--device", "cpu", "--model", MODEL, stdout=writer)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
-def test_stderr_that_takes_nothing_costs_no_transcript(audio, tmp_path, redirection):
-    command = f"{sys.executable} inference.py --device cpu --model {MODEL} --audio {audio / 'hello.wav'} {redirection}"
-    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "こんにちは\n", "")
-
-
-def test_a_closed_stdout_is_an_error_of_one_line_and_no_matter_with_files(audio, tmp_path):
-    command = f"{sys.executable} inference.py --device cpu --model {MODEL} --audio {audio / 'hello.wav'}"
-    result = subprocess.run(["bash", "-c", f"{command} >&-"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and "cannot write to stdout: it is closed" in one_line(result.stderr)
-    result = subprocess.run(["bash", "-c", f"{command} -o {tmp_path} >&-"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and (tmp_path / "hello.txt").read_text() == "こんにちは\n"
+@pytest.mark.parametrize("options, status, out, words", [
+    ("2>/dev/full", 0, "こんにちは\n", ""), ("-o out >&- 2>&-", 0, "", ""),
+    (">/dev/full", 2, "", "cannot write to stdout: No space left on device\n"),
+    (">&-", 2, "", "cannot write to stdout: it is closed\n"),
+])  # fmt: skip
+def test_streams_that_take_nothing_cost_no_transcript_or_are_an_error(audio, tmp_path, options, status, out, words):
+    command = f"{sys.executable} {ROOT}/inference.py --device cpu --model {MODEL} --audio {audio}/hello.wav {options}"
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (status, out)
+    assert result.stderr.endswith(words) and result.stderr.count("\n") == (words != "")
+    assert os.listdir(tmp_path) == ["out"] * ("-o" in options)
 
 
 def test_librosa_that_may_not_keep_a_cache_is_one_line(tmp_path):
@@ -330,20 +341,6 @@ def test_librosa_that_may_not_keep_a_cache_is_one_line(tmp_path):
     assert "librosa cannot be loaded (" in result.stderr and "set NUMBA_CACHE_DIR to a folder" in result.stderr
 
 
-def test_whatever_fails_while_a_file_is_read_is_its_error(audio, infer, monkeypatch):
-    read = common.read_chunks
-
-    def read_chunks(path, *options):
-        if "hello" in path:
-            raise ZeroDivisionError("by\nnought")
-        return read(path, *options)
-
-    monkeypatch.setattr(common, "read_chunks", read_chunks)
-    status, out, err = infer("--audio", audio / "hello.wav", audio / "deep")
-    assert status == 1 and out.endswith("\tさようなら\n")
-    assert f"error: {audio / 'hello.wav'}: cannot be read (ZeroDivisionError: by)" in err
-
-
 def test_a_name_that_is_too_long_with_its_extension_is_refused_before_decoding(tmp_path, audio, infer):
     for name in ("x" * 251 + ".wav", "あ" * 83 + "xy.m"):
         path = shutil.copy(audio / "hello.wav", tmp_path / name)
@@ -351,86 +348,30 @@ def test_a_name_that_is_too_long_with_its_extension_is_refused_before_decoding(t
         assert status == 1 and "File name too long" in err.splitlines()[0] and "2 recordings, 1 failed, 2.1 s" in err
 
 
-def test_a_full_stdout_is_an_error(audio):
-    with open("/dev/full", "w") as full:
-        result = run("inference.py", "--audio", audio / "hello.wav", "--device", "cpu", "--model", MODEL, stdout=full)
-    assert result.returncode == 2 and "cannot write to stdout: No space left on device" in one_line(result.stderr)
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory):
-    """A folder with 200 files of 3 s."""
-    folder = tmp_path_factory.mktemp("many")
-    for i in range(200):
-        write(folder / f"{i}.wav", synthesize("きのうはいいてん"))
-    return folder
-
-
-def transcribe_slowly(folder, output_dir) -> subprocess.Popen:
-    def heed_interrupts():  # which a shell has the commands ignore that it runs in the background
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    return start("inference.py", "--audio", folder, "-o", output_dir, "-f", "json", "--batch-size", "1",
-                 "--device", "cpu", "--model", MODEL, preexec_fn=heed_interrupts)  # fmt: skip
-
-
-def wait_for_output(process: subprocess.Popen, folder, count: int = 1) -> None:
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("*.json"))) < count:
-        assert process.poll() is None and time.monotonic() < deadline
+def test_interrupt(audio, tmp_path):
+    for i in range(99):
+        shutil.copy(audio / "hello.wav", tmp_path / f"{i}.wav")
+    process = start("inference.py", "--audio", tmp_path, "-o", tmp_path / "out", "--batch-size", "1", "--device", "cpu",
+                    "--model", MODEL, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    while not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out"):
+        assert process.poll() is None
         time.sleep(0.01)
-
-
-def test_interrupt(many, tmp_path):
-    process = transcribe_slowly(many, tmp_path)
-    wait_for_output(process, tmp_path)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "inference.py: interrupted\n")
 
 
 def test_an_interrupt_while_packages_are_imported_writes_nothing():
-    """After a quarter of a second Python is up, and torch, which takes seconds, is not imported."""
+    """After 0.6 s Python is up, and torch, which takes seconds, is not imported."""
     command = f"timeout --signal INT 0.6 {sys.executable} inference.py --audio x"
     result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (result.stdout, "Traceback" in result.stderr) == ("", False)
 
 
-def test_a_killed_run_leaves_whole_files_or_none(many, tmp_path):
-    process = transcribe_slowly(many, tmp_path)
-    wait_for_output(process, tmp_path, 20)
-    process.kill()
-    process.communicate()
-    written = list(tmp_path.glob("*.json"))
-    assert 20 <= len(written) < 200
-    assert all(json.loads(path.read_text())["text"] for path in written)
-
-
-def on_terminal(*arguments: str) -> str:
-    """What inference.py shows on a terminal's stderr."""
-    parent, child = pty.openpty()
-    termios.tcsetwinsize(child, (24, 100))
-    process = start("inference.py", *arguments, "--device", "cpu", "--model", MODEL, stderr=child)
-    os.close(child)
-    shown = b""
-    while True:
-        try:
-            data = os.read(parent, 4096)
-        except OSError:  # the other end is closed
-            data = b""
-        if not data:
-            break
-        shown += data
-    os.close(parent)
-    process.communicate()
-    assert process.returncode == 0
-    return shown.decode()
-
-
-def test_a_progress_bar_in_seconds_of_audio_whatever_the_name(audio, tmp_path):
-    path = tmp_path / os.fsdecode(b"\xff.flac")
-    path.write_bytes((audio / "long.flac").read_bytes())
-    assert re.search(r"100%\|.*\| 5\d of 5\d s of audio", on_terminal("--audio", path))
+def test_a_progress_bar_in_seconds_of_audio_whatever_the_name(audio, tmp_path, infer, monkeypatch):
+    path = shutil.copy(audio / "long.flac", tmp_path / os.fsdecode(b"\xff.flac"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert re.search(r"100%\|.*\| 5\d of 5\d s of audio", infer("--audio", path)[2])
 
 
 def test_a_long_run_without_a_terminal_says_something_every_minute(audio, infer, monkeypatch):
@@ -439,13 +380,3 @@ def test_a_long_run_without_a_terminal_says_something_every_minute(audio, infer,
     error, *lines, _ = err.splitlines()
     assert status == 1 and "absent.wav" in error and len(lines) == 6  # a chunk or a recording each
     assert re.fullmatch(r"inference\.py: \d+ s of audio done, 2 of 3 recordings, [\d.e+]+ times real time", lines[-1])
-
-
-def test_help_states_every_option_and_default():
-    result = run("inference.py", "--help", environment={"COLUMNS": "200"})
-    for option in ("audio", "language", "task", "device", "dtype", "model", "max-new-tokens", "chunk-length",
-                   "batch-size", "output-dir", "output-format", "skip-existing", "no-speech-threshold"):  # fmt: skip
-        assert f"--{option}" in result.stdout
-    text = " ".join(result.stdout.split())
-    assert text.count("default:") == 11 and "(default: kotoba-tech/kotoba-whisper-v2.0)" in text
-    assert result.returncode == 0

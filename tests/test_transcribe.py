@@ -1,6 +1,6 @@
 """The text that was spoken comes out, whatever the file, the batch and the length."""
 import json
-from collections import Counter
+import threading
 
 import common
 import numpy as np
@@ -16,32 +16,6 @@ GREETING = "こんにちは、さようなら"
 def text_of(recording: inference.Recording) -> str:
     assert recording.error is None
     return inference.full_text(recording, "ja")
-
-
-@pytest.mark.parametrize("rate", [8_000, 44_100, 96_000])
-def test_sampling_rates(tmp_path, transcribe, rate):
-    [recording] = transcribe(write(tmp_path / "a.wav", synthesize(GREETING, rate), rate))
-    assert text_of(recording) == spoken(GREETING)
-
-
-@pytest.mark.parametrize("extension, options", [("wav", {"subtype": "PCM_U8"}), ("wav", {"subtype": "ALAW"}),
-    ("wav", {"subtype": "IMA_ADPCM"}), ("wav", {"format": "RF64"}), ("w64", {}), ("aiff", {}), ("au", {}), ("caf", {}),
-    ("flac", {"subtype": "PCM_24"}), ("ogg", {}), ("opus", {"format": "OGG", "subtype": "OPUS"}), ("mp3", {})], ids=str)
-def test_formats(tmp_path, transcribe, extension, options):
-    path = write(tmp_path / f"a.{extension}", synthesize(GREETING, 48_000), 48_000, **options)
-    assert text_of(transcribe(path)[0]) == spoken(GREETING)
-
-
-@pytest.mark.parametrize("level", [0.01, 0.1, 2.0])
-def test_levels(tmp_path, transcribe, level):
-    path = write(tmp_path / "a.wav", synthesize(GREETING) * level, subtype="FLOAT")
-    assert text_of(transcribe(path)[0]) == spoken(GREETING)
-
-
-def test_a_third_of_a_second(tmp_path, transcribe):
-    path = write(tmp_path / "a.wav", synthesize("か", lead_s=0)[: round(0.3 * 16_000)])
-    [recording] = transcribe(path)
-    assert (text_of(recording), recording.duration) == ("か", 0.3)
 
 
 @pytest.mark.parametrize("seconds", [31, 300])
@@ -80,12 +54,9 @@ def test_chunks_of_several_files_fill_one_batch(corpus, recognizer):
     assert sizes[:-1] == [8] * (len(sizes) - 1) and sum(sizes) > len(corpus[0])
 
 
-@pytest.mark.parametrize("chunk_length_s", [4, 30])
-def test_chunk_length(corpus, transcribe, chunk_length_s):
-    [recording] = transcribe(corpus[0][1], chunk_length=chunk_length_s)
-    assert max(s.end - s.start for s in recording.chunks) <= chunk_length_s
-    if chunk_length_s < 30:  # the tiny model was trained on up to 40 kana in a window
-        assert text_of(recording) == corpus[1][1]
+def test_chunk_length(corpus, transcribe):
+    [recording] = transcribe(corpus[0][1], chunk_length=4)
+    assert max(chunk.end - chunk.start for chunk in recording.chunks) <= 4 and text_of(recording) == corpus[1][1]
 
 
 def test_a_bad_file_among_good_ones_fails_alone(tmp_path, corpus, transcribe):
@@ -110,21 +81,16 @@ STEADY = {
 
 
 @pytest.mark.parametrize("kind", STEADY)
-def test_what_is_steady_is_not_decoded(tmp_path, transcribe, kind, capsys):
+def test_what_is_steady_is_not_decoded(tmp_path, transcribe, kind):
     [recording] = transcribe(write(tmp_path / "a.wav", STEADY[kind], subtype="FLOAT"))
     assert (text_of(recording), recording.duration) == ("", 40)
     assert len(recording.chunks) >= 3 and all(chunk.left_out for chunk in recording.chunks)
     [kept] = transcribe(write(tmp_path / "a.wav", STEADY[kind], subtype="FLOAT"), no_speech_threshold=1)
     assert not any(chunk.left_out for chunk in kept.chunks)
-    inference.count(recording, Counter())
-    assert capsys.readouterr().err.endswith("a.wav: no speech: nothing in it moves\n")
 
 
-def test_speech_around_silence_and_however_faint_is_decoded(tmp_path, recognizer, transcribe):
+def test_speech_around_silence_and_however_faint_is_decoded(tmp_path, transcribe):
     speech, silence = synthesize("こんにちは"), np.zeros(28 * 16_000, np.float32)
-    # What the check is for: the model finds words in digital silence.
-    features = common.extract_features(recognizer.extractor, silence[: 15 * 16_000])
-    assert len(common.generate(recognizer, [features], 20)[0][0]) > 1
     [recording] = transcribe(write(tmp_path / "a.wav", np.concatenate([speech, silence, speech])))
     assert text_of(recording) == "こんにちはこんにちは"
     assert [chunk.left_out for chunk in recording.chunks] == [False, True, False]
@@ -173,33 +139,19 @@ def test_the_first_turn_of_a_loop(ids, kept):
     assert "".join(inference.without_loop(list(ids))) == kept
 
 
-def test_progress_counts_every_second_once(corpus, transcribe):
-    seconds = []
-    recordings = transcribe(*corpus[0], on_progress=seconds.append)
-    assert sum(seconds) == pytest.approx(sum(recording.duration for recording in recordings))
-
-
-def test_reading_runs_ahead_in_another_thread():
-    import threading
-
-    threads, made = set(), []
+def test_reading_runs_ahead_in_another_thread_and_its_errors_are_raised():
+    threads, third = set(), threading.Event()
 
     def items():
         for i in range(4):
             threads.add(threading.current_thread())
-            made.append(i)
+            if i == 2:
+                third.set()
             yield i
-
-    for i in inference.ahead(items(), 2):
-        while len(made) < min(i + 3, 4):  # the next two are made while this one is used
-            pass
-    assert made == [0, 1, 2, 3] and threading.main_thread() not in threads and len(threads) == 1
-
-
-def test_what_fails_in_the_background_is_raised():
-    def items():
-        yield 1
         raise ZeroDivisionError
 
+    ahead = inference.ahead(items(), 2)
+    assert next(ahead) == 0 and third.wait(10)  # the next two are made while the first is used
     with pytest.raises(ZeroDivisionError):
-        list(inference.ahead(items(), 2))
+        assert list(ahead)
+    assert threading.main_thread() not in threads and len(threads) == 1

@@ -1,4 +1,4 @@
-"""Files that are not what they seem: what test_hostile.py feeds the program."""
+"""Sound files of all kinds, and files that are not what they seem: what test_hostile.py feeds the program."""
 import os
 import socket
 import struct
@@ -56,7 +56,12 @@ def contents() -> dict[str, tuple[bytes, str | None]]:
         "amplitude-1e-30.wav": (encode("WAV", 1e-30 * speech, subtype="FLOAT"), None),
         "amplitude-1e30.wav": (encode("WAV", 1e30 * speech.astype(float), subtype="DOUBLE"), "samples of 3.*e[+]29"),
         "integers-as-floats.wav": (encode("WAV", 32768 * speech, subtype="FLOAT"), "samples of 1.* where 1 is"),
+        "8-kHz.wav": (encode("WAV", synthesize(TEXT, 8_000), 8_000), TEXT),
+        "44100-Hz.flac": (encode("FLAC", synthesize(TEXT, 44_100), 44_100, "PCM_24"), TEXT),
         "192-kHz.wav": (encode("WAV", synthesize(TEXT, 192_000), 192_000), TEXT),
+        "opus.ogg": (encode("OGG", synthesize(TEXT, 48_000), 48_000, "OPUS"), TEXT),
+        "quiet.aiff": (encode("AIFF", 0.01 * speech), TEXT), "caf.caf": (encode("CAF", speech), TEXT),
+        "loud.au": (encode("AU", 2 * speech, subtype="FLOAT"), TEXT),
         "1-Hz.wav": (encode("WAV", speech[:8], 1), None),
         "0-Hz.wav": (riff(pcm, rate=0), no_audio), "2-GHz.wav": (riff(pcm, rate=2**31 - 1), None),
         "4-GHz.wav": (riff(pcm, rate=2**32 - 1), no_audio),
