@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import common
 import numpy as np
@@ -17,8 +18,8 @@ import inference
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> dict[str, str]:
-    """Name without extension and text of ten recordings of 1 to 10 s, in two folders."""
+def corpus(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A folder with ten recordings of 1 to 10 s, and their texts by their names without extension."""
     folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
     (folder / "deep").mkdir()
     texts = {f"{'deep/' * (i % 2)}{i}": random_text(rng, 2 + int(rng.integers(22))) for i in range(10)}
@@ -45,7 +46,7 @@ def lines_of(result: subprocess.CompletedProcess, rank: int) -> list[str]:
 
 
 def test_torchrun_transcribes_every_file_once(corpus, tmp_path):
-    """And one process alone reports what is no file."""
+    """What is no file is reported by one process alone."""
     folder, texts = corpus
     result = torchrun("--audio", "absent.wav", folder, "-o", tmp_path, "--device", "cpu")
     assert result.returncode == 1 and result.stderr.count("absent.wav: no such file") == 1
@@ -92,7 +93,7 @@ def test_several_processes_need_an_output_dir(corpus):
     assert result.returncode == 1 and "error: more than one process needs --output-dir" in result.stderr
 
 
-def test_what_a_cluster_leaves_in_the_environment_divides_nothing(corpus):
+def test_a_cluster_s_variables_without_torchrun_change_nothing(corpus):
     folder, texts = corpus
     leaked = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
     result = run("inference.py", "--audio", folder, "--device", "cpu", "--model", MODEL, environment=leaked)
@@ -104,7 +105,7 @@ def test_what_a_cluster_leaves_in_the_environment_divides_nothing(corpus):
 @pytest.mark.parametrize("environment", [
     {}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": None}, {"RANK": "1", "MASTER_PORT": "1"}, {"RANK": "1\n2"},
 ])  # fmt: skip
-def test_what_an_earlier_torchrun_left_in_the_environment_is_one_line(corpus, tmp_path, environment):
+def test_variables_left_by_an_earlier_torchrun_are_an_error_of_one_line(corpus, tmp_path, environment):
     code = "import sys, inference, datetime; inference.START_TIMEOUT = datetime.timedelta(seconds=1)\n"
     code += "sys.argv[0] = 'inference.py'; sys.exit(inference.main(sys.argv[1:]))"
     place = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}

@@ -76,7 +76,7 @@ def test_compare():
     assert math.isnan(eval_accuracy.compare(reference, eval_accuracy.Computed(encoded, logits / 0))["logits error"])
 
 
-def test_a_figure_is_held_to_what_rounding_makes_or_to_the_least_limit_and_nan_is_a_fault():
+def test_limits_nan_and_the_causes_that_are_named():
     values = dict.fromkeys(["cosine similarity", *eval_accuracy.LIMITS], 0.02)
     rounding = {"cosine similarity": 0.9, "relative error": 0.001, "encoder error": 0.0001, "logits error": 0.007}
     figures = eval_accuracy.limited(values, rounding, "", is_float32=False)
