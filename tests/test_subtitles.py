@@ -206,8 +206,9 @@ ALPHABETS = {
 @pytest.mark.parametrize("limits", [(16, 2), (5, 1)], ids=str)
 def test_cues_lose_nothing_overlap_nowhere_and_keep_the_limits(alphabet, limits, monkeypatch):
     rng = random.Random(f"{alphabet} {limits}")
-    monkeypatch.setattr(inference, "LINE_CELLS", limits[0])
-    monkeypatch.setattr(inference, "CUE_LINES", limits[1])
+    if limits == (5, 1):  # the others are inference.py's own
+        monkeypatch.setattr(inference, "LINE_CELLS", limits[0])
+        monkeypatch.setattr(inference, "CUE_LINES", limits[1])
     for _ in range(30):
         n_chunks, chunks = rng.randrange(1, 4), []
         for i in range(n_chunks):
