@@ -181,7 +181,7 @@ def import_torch_npu():
     except Exception as error:  # torch_npu raises a plain Exception where CANN is incomplete
         sys.modules["torch_npu"] = None  # else transformers imports it again, unguarded
         if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
-            remedy = f"install the torch-npu that goes with torch {torch.__version__}"
+            remedy = f"install the torch-npu that goes with torch {torch.__version__.partition('+')[0]}"
             raise SetupError(f"torch_npu is not installed: {remedy}") from error
         raise SetupError(f"torch_npu cannot be loaded {npu_problem(error)}") from error
     return torch_npu
@@ -234,7 +234,7 @@ def select_device(name: str | None, local_rank: int = 0) -> torch.device:
             return torch.device("npu", start_npu(int(index) if index else None, local_rank))
         except SetupError as error:
             if name is not None:
-                raise SetupError(f"--device {name}: {error}") from error
+                raise SetupError(f"--device {name}: {error}; or use --device cpu") from error
             notice(f"warning: running on the CPU, not on an NPU: {error}")
             return torch.device("cpu")
     sys.modules.setdefault("torch_npu", None)  # else transformers imports it, which fails where CANN is absent
@@ -323,11 +323,11 @@ def download_model(name: str) -> str:
 
     if os.path.exists(name):
         raise SetupError(f"--model {name}: this is a file, not the folder of a model")
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise SetupError(f"--model {name}: no such folder, and no model id of the form owner/name")
     try:
         patterns = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
-    except huggingface_hub.errors.HFValidationError as error:
-        raise SetupError(f"--model {name}: no such folder, and no model id of the form owner/name") from error
     except huggingface_hub.errors.RepositoryNotFoundError as error:
         reason = f"{first_line(error)}: the hub has no such model, or you have to log in first (hf auth login)"
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
@@ -343,12 +343,12 @@ def download_model(name: str) -> str:
 def prompt_of(generation, tokenizer, language: str, task: str) -> list[int]:
     """The ids of the PROMPT_LENGTH tokens that every text begins with, as model.generate would choose them.
 
-    Raises ValueError where the model does not know the language, or where its tokenizer is that of another model.
+    Raises SetupError where the model does not know the language, and ValueError where its tokenizer is another model's.
     """
     languages = getattr(generation, "lang_to_id", None) or {}
     if f"<|{language}|>" not in languages:
         known = " ".join(sorted(token.strip("<|>") for token in languages)) or "none (it is not multilingual)"
-        raise ValueError(f"--language {language}: not a language of this model, which knows {known}")
+        raise SetupError(f"--language {language}: not a language of this model, which knows {known}")
     ids = [generation.decoder_start_token_id, languages[f"<|{language}|>"], generation.task_to_id[task],
            generation.no_timestamps_token_id]  # fmt: skip
     names = ["<|startoftranscript|>", f"<|{language}|>", f"<|{task}|>", "<|notimestamps|>"]
@@ -447,6 +447,8 @@ def load_model(
         token_mask = torch.zeros(2, config.vocab_size)
         token_mask[:, generation.suppress_tokens or []] = -math.inf
         token_mask[0, generation.begin_suppress_tokens or []] = -math.inf
+    except SetupError:
+        raise
     except Exception as error:  # broken files raise OSError, ValueError, KeyError, SafetensorError and others
         raise SetupError(f"cannot load the model {name}: {first_line(error)} (is its folder complete?)") from error
     with device_errors(device):

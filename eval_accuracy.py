@@ -1,10 +1,10 @@
 """Does the device compute what the CPU computes, and is the text right?
 
-    python3 eval_accuracy.py                         # a sweep of 3 s
+    python3 eval_accuracy.py                         # 3 s of synthetic sound
     python3 eval_accuracy.py --audio a.wav b.wav     # all chunks of recordings
     python3 eval_accuracy.py --manifest test.jsonl   # and character error rates
     python3 eval_accuracy.py --json > report.json    # the same as JSON
-    python3 eval_accuracy.py --device cpu --dtype bfloat16    # without an NPU
+    python3 eval_accuracy.py --device cpu            # without an NPU
 
 The reference is the CPU in float32, the candidate is the device. The device
 decodes each clip three times: in float32, then in its dtype in a full batch
@@ -91,11 +91,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("input").add_mutually_exclusive_group().add_argument
     add("--audio", nargs="+", action="extend", default=[], metavar="PATH",
-        help="Audio files. (default: a sweep of 3 s, 200 to 800 Hz)")  # fmt: skip
-    add("--manifest", metavar="FILE", help='A file with a line {"audio": "a.wav", "text": "..."} for each recording: '
-        "then the report has the character error rate too.")  # fmt: skip
+        help="Audio files. (default: a sweep, which is a tone that rises from 200 to 800 Hz in 3 s)")  # fmt: skip
+    add("--manifest", metavar="FILE", help='A file with a line {"audio": "a.wav", "text": "..."} for each recording, '
+        "whose paths are relative to its folder: then the report has the character error rate too.")  # fmt: skip
     common.add_model_options(parser, "the evaluation ends with status 2")
-    parser.set_defaults(device="npu", dtype="float16")
+    parser.set_defaults(device="npu")
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="Print the report as JSON, in place of the table.")
     return parser.parse_args(argv)

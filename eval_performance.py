@@ -9,8 +9,8 @@ in runs of their own, one after another, while inference.py reads ahead on an NP
 Synthetic audio is decoded to --max-new-tokens in every chunk, because what a
 model finds in it, and so the work, would differ between devices.
 
-Exit status: 0 measured; 1 the devices decoded unequal numbers of tokens, which
-voids the comparison; 2 nothing could be measured; 130 interrupted.
+Exit status: 0 measured; 1 the devices decoded unequal numbers of tokens, so that
+their times cannot be compared; 2 nothing could be measured; 130 interrupted.
 """
 import argparse
 import contextlib
@@ -46,11 +46,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     count = common.number(int, 1)
     add = parser.add_argument_group("input").add_argument
     add("--audio", nargs="+", action="extend", default=[], metavar="PATH",
-        help="Audio files, which are decoded to their natural end. (default: a sweep of 3 s, 200 to 800 Hz)")
+        help="Audio files, which are decoded to the end of their text. (default: a sweep, which is a tone that rises "
+        "from 200 to 800 Hz in 3 s)")  # fmt: skip
     add("--batch-sizes", type=numbers(int, 1024), default=[], metavar="N,N...",
-        help="Measure batches of so many full windows too.")  # fmt: skip
+        help="Measure batches of N windows of 30 s too.")  # fmt: skip
     add("--durations", type=numbers(float, 36_000), default=[], metavar="S,S...",
-        help="Measure sweeps of so many seconds too.")  # fmt: skip
+        help="Measure S seconds of sweeps too.")  # fmt: skip
     common.add_model_options(parser, max_new_tokens=128)
     add = parser.add_argument_group("measurement").add_argument
     add("--times", action="store_true", help="Compute times too, as inference.py does for subtitles and JSON.")
@@ -179,13 +180,16 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: a
         yield
         stages_s[stage][-1] += clock(device) - started_s
 
-    for _ in range(args.warmup + args.runs):
+    for i in range(args.warmup + args.runs):
         started_s = clock(device)
         audio_s = run_once(recognizer, paths, args)
         samples_s.append(clock(device) - started_s)
         for samples in stages_s.values():
             samples.append(0.0)
         n_windows, n_tokens = run_stages(recognizer, paths, args, timed)
+        if i == 0:
+            n = 2 * (args.warmup + args.runs)
+            common.notice(f"{label} on {device}: the first of {n} runs took {samples_s[0]:.1f} s")
     return {
         "label": label, "audio_s": audio_s, "n_windows": n_windows, "n_tokens": n_tokens, "first_s": samples_s[0],
         "samples_s": samples_s[args.warmup :], "median_s": float(np.median(samples_s[args.warmup :])),

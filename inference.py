@@ -278,7 +278,7 @@ def count(recording: Recording, totals: Counter) -> None:
         totals["looping"] += chunk.looping and not chunk.left_out
     if all(chunk.left_out for chunk in recording.chunks):
         probs = [chunk.no_speech_prob for chunk in recording.chunks if chunk.no_speech_prob is not None]
-        why = f"the model is sure of that ({min(probs):.2f} or more)" if probs else "nothing in it moves"
+        why = f"the model gives that a probability of {min(probs):.2f} or more" if probs else "nothing in it moves"
         common.notice(f"{recording.path}: no speech: {why}")
 
 

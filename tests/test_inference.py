@@ -185,7 +185,7 @@ def test_formats_that_need_a_folder_say_so(audio, infer, extension):
     (["--max-new-tokens", "445"], "'445' is not a whole number from 1 to 444"),
     (["--chunk-length", "nan"], "'nan' is not a number from 1 to 30"),
     (["--device", "gpu"], "'gpu' is not npu, npu:N, cpu, cuda or cuda:N"),
-    (["--output-format", "docx"], "invalid choice: 'docx'"), (["--language", "jp"], "--language jp: not a language of"),
+    (["--output-format", "docx"], "invalid choice: 'docx'"), (["--language", "jp"], "error: --language jp: not a"),
     (["--no-speech-threshold", "70"], "'70' is not a number from 0 to 1"),
 ])  # fmt: skip
 def test_wrong_options(audio, infer, options, words):
@@ -296,6 +296,7 @@ def test_a_model_that_is_not_there(audio):
     arguments = ["--audio", audio / "hello.wav", "--device", "cpu", "--model"]
     for model, words, environment in [
         ("no/such/folder", "no such folder", {}),
+        ("kotoba", "no such folder", {}),
         (audio / "hello.wav", "this is a file, not the folder of a model", {}),
         ("someone/some-model", "HF_HUB_OFFLINE forbids it now: unset HF_HUB_OFFLINE", {}),
         ("someone/some-model", "set HF_ENDPOINT=https://hf-mirror.com, or name a folder",
@@ -317,7 +318,7 @@ def test_a_reader_that_has_gone_ends_it_quietly(audio):
 
 
 @pytest.mark.parametrize("options, status, out, words", [
-    ("2>/dev/full", 0, "こんにちは\n", ""), ("-o out >&- 2>&-", 0, "", ""),
+    ("2>/dev/full", 0, "こんにちは\n", ""), ("-o out >&- 2>&-", 0, "", ""), ("absent.wav -o out 2>&-", 1, "", ""),
     (">/dev/full", 2, "", "cannot write to stdout: No space left on device\n"),
     (">&-", 2, "", "cannot write to stdout: it is closed\n"),
 ])  # fmt: skip

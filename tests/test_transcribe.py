@@ -111,7 +111,7 @@ def test_what_the_model_takes_for_no_speech_is_left_out_and_kept_in_the_json(tmp
     assert (status, content["text"], content["segments"]) == (0, "", [])
     assert content["left_out"] == [{"start": 0.0, "end": 2.1, "text": "こんにちは", "no_speech_prob": 0.8}]
     said, closing = err.splitlines()
-    assert said.endswith("a.wav: no speech: the model is sure of that (0.80 or more)")
+    assert said.endswith("a.wav: no speech: the model gives that a probability of 0.80 or more")
     assert closing.endswith("; 1 chunk without speech")
     for kept in ("0.8", "1"):
         content = json.loads(infer("--audio", path, "-f", "json", "--no-speech-threshold", kept)[1])

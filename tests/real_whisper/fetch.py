@@ -133,6 +133,7 @@ def main() -> int:
             return 1
         write_model(files, os.path.join(folder, "model"))
         os.rename(os.path.join(folder, "model"), MODEL)
+    print(f"{MODEL}: Whisper base is there")
     return 0
 
 
