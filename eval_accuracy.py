@@ -15,7 +15,9 @@ all figures compare the two.
 How far the candidate may be off is measured: the reference computes each clip
 once more with everything rounded to the dtype, and the limit of each error is
 three times the error that this causes. In float32, where rounding causes almost
-none, the limit is 0.05 %.
+none, the limit is 0.05 %. Encoder error and logits error are the root mean square
+of the error, divided by that of the reference's values; relative error is the
+largest error of a logit, divided by the range of all logits.
 
 Exit status: 0 PASS; 1 FAIL; 2 nothing could be evaluated; 130 interrupted.
 """
