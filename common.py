@@ -25,7 +25,8 @@ from tqdm import tqdm
 # Else `import torch` fails where torch_npu is installed and CANN is not; import_torch_npu turns that into one line.
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else the C++ of torch writes a backtrace for what it raises
-# Threads that wait for others soon sleep: where another job runs, a recording took ten times as long while they spun.
+# OpenMP's threads then sleep soon where they wait. By default they spin, so that all takes ten times as long where
+# another job uses one of the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback in the seconds of the next import
 import torch  # noqa: E402

@@ -4,7 +4,7 @@
     python3 eval_accuracy.py --audio a.wav b.wav     # all chunks of recordings
     python3 eval_accuracy.py --manifest test.jsonl   # and character error rates
     python3 eval_accuracy.py --json > report.json    # the same as JSON
-    python3 eval_accuracy.py --device cpu            # without an NPU
+    python3 eval_accuracy.py --device cpu --dtype bfloat16    # without an NPU
 
 The reference is the CPU in float32, the candidate is the device. The device
 decodes each clip three times: in float32, then in its dtype in a full batch
