@@ -326,7 +326,7 @@ def download_model(name: str) -> str:
 
     if os.path.exists(name):
         raise SetupError(f"--model {name}: this is a file, not the folder of a model")
-    if name.count("/") != 1 or name.startswith((".", "/")):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise SetupError(f"--model {name}: no such folder, and no model id of the form owner/name")
     try:
         patterns = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]

