@@ -280,7 +280,8 @@ def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, cand
             of_row = limited(compare(expected, computed), rounding, f"{clip.name}, {how}", recognizer is exact)
             figures += of_row
             if how != TO_END:
-                clip.candidate_text = reference.text(token_ids) if row is reference else clip.candidate_text
+                if row is reference:
+                    clip.candidate_text = reference.text(token_ids)
                 is_sound = not any(figure.is_fault for figure in of_row)
                 note_difference(clip, row, token_ids, expected.logits, computed.logits, is_sound, how)
         clip.figures += worst(figures)

@@ -169,6 +169,7 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: a
     samples_s are in the order of the runs, without the warm-up; peak_bytes, of the device's memory, is None for a CPU.
     """
     device, samples_s, stages_s = recognizer.model.device, [], {stage: [] for stage in STAGES}
+    n_runs = args.warmup + args.runs
     memory = torch.get_device_module(device) if device.type != "cpu" else None
     if memory:
         memory.reset_peak_memory_stats(device)
@@ -180,7 +181,7 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: a
         yield
         stages_s[stage][-1] += clock(device) - started_s
 
-    for i in range(args.warmup + args.runs):
+    for i in range(n_runs):
         started_s = clock(device)
         audio_s = run_once(recognizer, paths, args)
         samples_s.append(clock(device) - started_s)
@@ -188,8 +189,7 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: a
             samples.append(0.0)
         n_windows, n_tokens = run_stages(recognizer, paths, args, timed)
         if i == 0:
-            n = 2 * (args.warmup + args.runs)
-            common.notice(f"{label} on {device}: the first of {n} runs took {samples_s[0]:.1f} s")
+            common.notice(f"{label} on {device}: the first of {2 * n_runs} runs took {samples_s[0]:.1f} s")
     return {
         "label": label, "audio_s": audio_s, "n_windows": n_windows, "n_tokens": n_tokens, "first_s": samples_s[0],
         "samples_s": samples_s[args.warmup :], "median_s": float(np.median(samples_s[args.warmup :])),

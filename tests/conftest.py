@@ -30,7 +30,8 @@ FAKE_NPU = TESTS / "fake_npu"
 needs_fake = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10), reason="torch before 2.10 has no Python device hook"
 )
-NO_NPU = {"PYTHONPATH": str(FAKE_NPU), "FAKE_NPU_FAULT": "missing"}  # whatever this machine has
+FAKE = {"PYTHONPATH": str(FAKE_NPU)}  # what makes the simulated torch_npu importable
+NO_NPU = FAKE | {"FAKE_NPU_FAULT": "missing"}  # whatever this machine has
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 TIMEOUT_S = 300
 READ_AT_START = ("LD_", "LC_", "LANG", "PYTHONWARNINGS", "OMP_", "HF_", "NUMBA_")  # by Python or a package

@@ -25,7 +25,7 @@ def read(path) -> tuple[int, np.ndarray, list[str]]:
     return rate, np.concatenate(blocks), warnings
 
 
-def chunks_of(path: str, chunk_length_s: float = 15) -> list[tuple[int, np.ndarray]]:
+def chunks_of(path: str, chunk_length_s: float) -> list[tuple[int, np.ndarray]]:
     rate, samples, _ = read(path)
     blocks = (samples[i : i + rate] for i in range(0, len(samples), rate))
     return list(common.split_at_pauses(blocks, rate, chunk_length_s))

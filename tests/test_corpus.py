@@ -1,4 +1,4 @@
-"""Many files: several processes, starting again after a kill, and disks that fill up."""
+"""Many files: several processes, and starting again after a stop."""
 import gc
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import common
 import numpy as np
 import pytest
-from conftest import FAKE_NPU, MODEL, ROOT, needs_fake, options_of, run, write
+from conftest import FAKE, MODEL, ROOT, needs_fake, options_of, run, write
 from tone_speech import random_text, spoken, synthesize
 
 import inference
@@ -60,8 +60,7 @@ def test_torchrun_transcribes_every_file_once(corpus, tmp_path):
 @needs_fake
 def test_several_processes_share_an_npu(corpus, tmp_path):
     folder, texts = corpus
-    environment = {"PYTHONPATH": str(FAKE_NPU), "FAKE_NPU_COUNT": "2"}
-    result = torchrun("--audio", folder, "-o", tmp_path, n_processes=3, **environment)
+    result = torchrun("--audio", folder, "-o", tmp_path, n_processes=3, FAKE_NPU_COUNT="2", **FAKE)
     assert result.returncode == 0, result.stderr
     assert [re.search(r"on (\S+) in", lines_of(result, rank)[0])[1] for rank in range(3)] == ["npu:0", "npu:1", "npu:0"]
     assert len(list(tmp_path.rglob("*.txt"))) == len(texts)

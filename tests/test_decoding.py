@@ -159,7 +159,7 @@ def test_half_precision_gives_the_same_text(tmp_path, infer, dtype):
     assert dtype == "auto" or f"in {dtype}, loaded" in err
 
 
-def cut(name: str, n_bytes: int):
+def cut(name: str, n_bytes: int) -> Callable[[Path], None]:
     """A function that cuts off a file of a model folder."""
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:n_bytes])
 
@@ -184,15 +184,16 @@ def test_a_broken_model_folder_is_one_line(tmp_path, damage, words):
     assert "\n" not in str(caught.value) and words in str(caught.value)
 
 
-def spoil(folder: Path, name: str, factor: float) -> Path:
-    """A copy of the tiny model with one tensor multiplied."""
+def multiplied(name: str, factor: float) -> Callable[[Path], None]:
+    """A function that multiplies one tensor of a model folder."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(MODEL, folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name] = tensors[name] * factor
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = tensors[name] * factor
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
 
 
 @pytest.mark.parametrize("name, factor, dtype", [
@@ -201,7 +202,7 @@ def spoil(folder: Path, name: str, factor: float) -> Path:
     ("model.encoder.layers.1.fc1.weight", 1e4, "float16"),  # transformers clamps what overflows here
 ])  # fmt: skip
 def test_a_model_that_computes_nan_is_an_error_not_an_empty_text(tmp_path, infer, name, factor, dtype):
-    folder = spoil(tmp_path / "model", name, factor)
+    folder = variant(tmp_path / "model", multiplied(name, factor))
     paths = [write(tmp_path / f"{text}.wav", synthesize(text)) for text in ("さ", "よ")]
     status, out, err = infer("--audio", *paths, "--model", folder, "--dtype", dtype)
     assert (status, out) == (2, "") and f"cpu computes NaN or infinity in {dtype}" in err

@@ -12,7 +12,7 @@ import common
 import numpy as np
 import pytest
 import torch
-from conftest import FAKE_NPU, MODEL, NO_NPU, ROOT, needs_fake, run, write
+from conftest import FAKE, MODEL, NO_NPU, ROOT, needs_fake, run, write
 from tone_speech import random_text, spoken, synthesize
 
 import eval_accuracy
@@ -270,7 +270,7 @@ HEALTHY = ["another_make", "kernels_with_an_error_of_1e_5"]
 @needs_fake
 def test_faults_are_named_and_healthy_devices_pass(clips):
     options = ["--short", "--max-new-tokens", "20", "--model", MODEL, "--audio", clips[1], "--only", *CAUGHT, *HEALTHY]
-    result = run("tests/stress/seed_faults.py", *options, environment={"PYTHONPATH": str(FAKE_NPU)})
+    result = run("tests/stress/seed_faults.py", *options, environment=FAKE)
     seeded = [json.loads(line) for line in result.stdout.splitlines() if line[:1] == "{"]
     passed = [(row["fault"], row["dtype"]) for row in seeded if row["status"] == 0]
     assert sorted(passed) == [(device, dtype) for device in HEALTHY for dtype in ("bfloat16", "float16")]
@@ -282,11 +282,11 @@ def test_faults_are_named_and_healthy_devices_pass(clips):
 
 @needs_fake
 def test_without_options_it_is_the_sweep_on_the_npu_in_float16_with_hf32_off_or_an_error():
-    environment, arguments = {"PYTHONPATH": str(FAKE_NPU)}, ["--model", MODEL, "--json"]
-    report = json.loads(run("eval_accuracy.py", *arguments, "--max-new-tokens", "5", environment=environment).stdout)
+    arguments = ["--model", MODEL, "--json"]
+    report = json.loads(run("eval_accuracy.py", *arguments, "--max-new-tokens", "5", environment=FAKE).stdout)
     assert report["candidate"] == "npu:0 (Ascend910B4 (simulated)) in float16, HF32 off"
     assert report["environment"]["allow_hf32"] == {"matmul": False, "conv": False}
     assert report["verdict"] == "PASS" and report["clips"][0]["name"] == "sweep, 0.0 to 3.0 s"
-    result = run("eval_accuracy.py", *arguments, environment=environment | {"FAKE_NPU_FAULT": "hf32"})
+    result = run("eval_accuracy.py", *arguments, environment=FAKE | {"FAKE_NPU_FAULT": "hf32"})
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert "error code is 500001" in result.stderr and "set_env.sh" in result.stderr

@@ -5,13 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import FAKE_NPU, MODEL, NO_NPU, needs_fake, run, write
+from conftest import FAKE, MODEL, NO_NPU, needs_fake, run, write
 from tone_speech import synthesize
 
 import eval_performance
 
 QUICK = ["--model", MODEL, "--warmup", "1", "--runs", "2", "--max-new-tokens", "9"]
-FAKE = {"PYTHONPATH": str(FAKE_NPU)}
 
 
 def table(text: str) -> dict[str, list[str]]:

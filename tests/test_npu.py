@@ -8,7 +8,7 @@ import common
 import numpy as np
 import pytest
 import torch
-from conftest import FAKE_NPU, MODEL, ROOT, TESTS, needs_fake, run, run_process, write
+from conftest import FAKE, FAKE_NPU, MODEL, TESTS, needs_fake, run, run_process, write
 from tone_speech import random_text, spoken, synthesize
 
 
@@ -122,7 +122,7 @@ def test_an_error_that_shows_when_memory_is_freed_ends_the_run(three):
     code = "import sys, torch, common, inference; common.select_device('npu'); sys.argv[0] = 'inference.py'\n"
     code += "torch.npu.empty_cache = lambda: (_ for _ in ()).throw(RuntimeError('The Inner error is reported'))\n"
     code += "sys.exit(inference.main(sys.argv[1:]))"
-    environment = {"PYTHONPATH": f"{FAKE_NPU}:{ROOT}", "FAKE_NPU_BYTES": str(2 * 128 * 3000 * 2 + 100)}
+    environment = FAKE | {"FAKE_NPU_BYTES": str(2 * 128 * 3000 * 2 + 100)}
     options = ["--model", MODEL, "--device", "npu", "--audio", *three]
     result = run("-c", code, *options, environment=environment)
     assert (result.returncode, result.stdout) == (2, "") and "Traceback" not in result.stderr
@@ -173,7 +173,7 @@ def test_the_npu_computes_the_gelu_of_the_cpu():
                 states.append(common.encode(recognizer.model, features.to(where)).cpu())
         assert torch.equal(*states)
     """
-    result = run("-c", code, MODEL, environment={"PYTHONPATH": f"{FAKE_NPU}:{ROOT}"})
+    result = run("-c", code, MODEL, environment=FAKE)
     assert result.returncode == 0, result.stderr
 
 

@@ -10,8 +10,6 @@ from tone_speech import random_text, spoken, synthesize
 
 import inference
 
-GREETING = "こんにちは、さようなら"
-
 
 def text_of(recording: inference.Recording) -> str:
     assert recording.error is None
