@@ -94,17 +94,16 @@ class Recording:
 
 
 @dataclass(eq=False)
-class Chunk:
-    """A stretch of a recording that is decoded at once; start and end in seconds from the recording's beginning."""
+class Chunk(common.Chunk):
+    """A chunk on its way from the sound to the text and its times."""
 
     recording: Recording
-    start: float
-    end: float
     is_last: bool = False  # of its recording
     features: torch.Tensor | None = None  # input_features, until it is decoded
     loud_frames: np.ndarray | None = None  # as find_loud_frames gives them
     # What set_text finds out:
     text: str = ""
+    n_decoded: int = 0  # tokens, with the end of the text and with repetitions
     token_ids: list[int] = field(default_factory=list)  # of the text, and the end of the text
     no_speech_prob: float | None = None  # None where it was not decoded
     compression_ratio: float = 0.0
@@ -141,26 +140,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt", help="all, and srt, vtt and tsv of several "
         "recordings, need --output-dir. (default: %(default)s)")  # fmt: skip
     add("--skip-existing", action="store_true", help="Skip the recordings whose outputs are all in --output-dir.")
-    parser.set_defaults(local_rank=0)  # among the processes of torchrun on this machine
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
-    several = torch.distributed.is_torchelastic_launched()
-    return common.run_script(run_with_others if several else run, parse_arguments(argv))
+    args = parse_arguments(argv)
+    return common.run_script(run_with_others if torch.distributed.is_torchelastic_launched() else run, args)
 
 
 def run_with_others(args: argparse.Namespace) -> int:
     """Run the command as one of torchrun's processes; the worst exit status of all.
 
-    All wait for the last, because torchrun stops the others when one fails. Raises SetupError.
+    Each ends its own run with its own line, and all wait for the last, because torchrun stops the others when one
+    fails. Raises SetupError.
     """
     try:
-        args.local_rank = int(os.environ["LOCAL_RANK"])
         torch.distributed.init_process_group("gloo", timeout=START_TIMEOUT)
         everyone = torch.distributed.new_group(timeout=END_TIMEOUT)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         remedy = "start with torchrun, or unset TORCHELASTIC_RUN_ID, which an earlier torchrun has left"
         raise common.SetupError(f"torchrun's processes do not find each other ({common.first_line(error)}): {remedy}"
                                 ) from error  # fmt: skip
@@ -183,10 +181,8 @@ def run(args: argparse.Namespace) -> int:
         if given and args.output_dir is None:
             raise common.SetupError(f"{option} needs --output-dir")
     inputs, failed = find_audio(args.audio)
-    args.many = len(inputs) + len(failed) > 1
-    outputs, unwritable = plan_outputs(inputs, args)
-    args.is_bilingual = "bilingual" in args.model
-    args.text_language = args.language if args.task == "transcribe" or args.is_bilingual else "en"
+    several = len(inputs) + len(failed) > 1
+    outputs, unwritable = plan_outputs(inputs, args, several)
     totals = Counter()
     for recording in [*failed, *unwritable] if rank == 0 else []:
         count(recording, totals)
@@ -195,22 +191,36 @@ def run(args: argparse.Namespace) -> int:
     paths = [path for path in mine if not (args.skip_existing and all(map(os.path.isfile, outputs[path])))]
     totals["skipped"] = len(mine) - len(paths)
     if paths:
-        transcribe_files(paths, outputs, totals, args)
+        # On stdout each of several recordings is one line.
+        stdout_format = "line" if several and args.output_format == "txt" else args.output_format
+        transcribe_files(paths, outputs, stdout_format, totals, args)
     elif totals["skipped"] or world_size > 1:
         common.notice(closing_line(totals))
     return int(totals["failed"] > 0)
 
 
-def transcribe_files(paths: list[str], outputs: dict[str, list[str]], totals: Counter, args) -> None:
+def transcribe_files(
+    paths: list[str], outputs: dict[str, list[str]], stdout_format: str, totals: Counter, args: argparse.Namespace
+) -> None:
     """Load the model, transcribe recordings and write their outputs. Raises SetupError, also where some are left."""
-    started_s = time.perf_counter()
-    recognizer = load(args)
+    started_s, language = time.perf_counter(), args.language
+    if args.task == "translate" and "bilingual" not in args.model:
+        language = "en"
+        common.notice("kotoba-whisper-v2.0 was trained for Japanese transcription only; to translate, use --model "
+                      "kotoba-tech/kotoba-whisper-bilingual-v1.0 with --language en (or ja, from English)")  # fmt: skip
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if torch.distributed.is_initialized() else 0
+    device = common.select_device(args.device, local_rank)
+    if args.output_format != "txt":
+        common.import_librosa()  # here, where it counts as loading and a failure ends the run
+    dtype = common.select_dtype(args.dtype, device)
+    recognizer = common.load_model(args.model, device, dtype, args.language, args.task)
     loaded_s, failure, n_left = time.perf_counter(), None, len(paths)
-    with progress_bar(paths) as bar:
+    progress = Progress(paths)
+    with progress.bar:
         try:
-            for recording in transcribe(recognizer, paths, args, progress(bar, totals, len(paths))):
+            for recording in transcribe(recognizer, paths, args, progress.add):
                 if recording.error is None:
-                    deliver(recording, outputs[recording.path], args)
+                    deliver(recording, outputs[recording.path], stdout_format, language)
                 count(recording, totals)
                 n_left -= 1
         except common.DeviceError as error:
@@ -221,62 +231,43 @@ def transcribe_files(paths: list[str], outputs: dict[str, list[str]], totals: Co
         raise common.SetupError(f"{failure}; recordings not reached: {n_left} ({remedy})")
 
 
-def load(args: argparse.Namespace) -> common.Recognizer:
-    """The model on the device that the arguments name. Raises SetupError."""
-    if args.task == "translate" and not args.is_bilingual:
-        common.notice("kotoba-whisper-v2.0 was trained for Japanese transcription only; to translate, use --model "
-                      "kotoba-tech/kotoba-whisper-bilingual-v1.0 with --language en (or ja, from English)")  # fmt: skip
-    device = common.select_device(args.device, args.local_rank)
-    if args.output_format != "txt":
-        common.import_librosa()  # here, where it counts as loading and a failure ends the run
-    return common.load_model(args.model, device, common.select_dtype(args.dtype, device), args.language, args.task)
+class Progress:
+    """Shows how far a run is: a bar in seconds of audio on a terminal, else a line every LOG_EVERY_S."""
 
+    def __init__(self, paths: list[str]):
+        """Begin at zero; the bar has a total where one recording is all and libsndfile knows its length."""
+        total = None
+        if len(paths) == 1 and sys.stderr is not None and sys.stderr.isatty():
+            with contextlib.suppress(soundfile.SoundFileError, OSError), open(paths[0], "rb") as file:
+                total = soundfile.info(file).duration
+        done = "{n:.0f} s of audio" if total is None else "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s of audio"
+        off = torch.distributed.is_initialized() or None  # None: where stderr is no terminal
+        self.bar = tqdm(total=total, disable=off, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
+        self.n_recordings, self.n_done, self.done_s = len(paths), 0, 0.0
+        self.started_s = self.said_s = time.perf_counter()
 
-def progress_bar(paths: list[str]) -> tqdm:
-    """A bar in seconds of audio on a terminal, with a total where one recording is all and libsndfile knows it."""
-    total = None
-    if len(paths) == 1 and sys.stderr is not None and sys.stderr.isatty():
-        with contextlib.suppress(soundfile.SoundFileError, OSError), open(paths[0], "rb") as file:
-            total = soundfile.info(file).duration
-    done = "{n:.0f} s of audio" if total is None else "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s of audio"
-    off = torch.distributed.is_initialized() or None  # None: where stderr is no terminal
-    return tqdm(total=total, disable=off, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
-
-
-def progress(bar: tqdm, totals: Counter, n_recordings: int) -> Callable[[float], None]:
-    """A function that takes the seconds of audio done since its last call and shows them, on the bar or, without a
-    terminal, in a line every LOG_EVERY_S."""
-    started_s = said_s = time.perf_counter()
-    done_s, n_before = 0.0, totals["recordings"]  # those that failed before anything was read
-
-    def update(seconds: float) -> None:
-        """Show that so many seconds more are done."""
-        nonlocal said_s, done_s
-        done_s += seconds
-        bar.update(seconds)
-        if bar.disable and (now_s := time.perf_counter()) - said_s >= LOG_EVERY_S:
-            said_s = now_s
-            n_done = totals["recordings"] - n_before
-            common.notice(f"{done_s:.0f} s of audio done, {n_done} of {n_recordings} recordings, "
-                          f"{done_s / (now_s - started_s):.3g} times real time")  # fmt: skip
-
-    return update
+    def add(self, chunk: Chunk) -> None:
+        """Count a chunk as done, and its recording where it is the last one."""
+        self.done_s += chunk.end - chunk.start
+        self.bar.update(chunk.end - chunk.start)
+        if self.bar.disable and (now_s := time.perf_counter()) - self.said_s >= LOG_EVERY_S:
+            self.said_s = now_s
+            common.notice(f"{self.done_s:.0f} s of audio done, {self.n_done} of {self.n_recordings} recordings, "
+                          f"{self.done_s / (now_s - self.started_s):.3g} times real time")  # fmt: skip
+        self.n_done += chunk.is_last
 
 
 def count(recording: Recording, totals: Counter) -> None:
     """Add a recording to the totals, and say it where it failed or has no speech."""
-    totals["recordings"] += 1
-    totals["warnings"] += len(recording.warnings)
+    totals.update(recordings=1, warnings=len(recording.warnings))
     if recording.error is not None:
         totals["failed"] += 1
         common.notice(f"error: {recording.path}: {recording.error}")
         return
-    totals["audio_s"] += recording.duration
-    for chunk in recording.chunks:
-        totals["left_out"] += chunk.left_out
-        totals["token_limit"] += chunk.token_limit and not chunk.left_out
-        totals["looping"] += chunk.looping and not chunk.left_out
-    if all(chunk.left_out for chunk in recording.chunks):
+    kept = [chunk for chunk in recording.chunks if not chunk.left_out]
+    totals.update(audio_s=recording.duration, left_out=len(recording.chunks) - len(kept))
+    totals.update(token_limit=sum(chunk.token_limit for chunk in kept), looping=sum(chunk.looping for chunk in kept))
+    if not kept:
         probs = [chunk.no_speech_prob for chunk in recording.chunks if chunk.no_speech_prob is not None]
         why = f"the model gives that a probability of {min(probs):.2f} or more" if probs else "nothing in it moves"
         common.notice(f"{recording.path}: no speech: {why}")
@@ -342,13 +333,15 @@ def output_names(inputs: dict[str, str]) -> dict[str, str]:
     return {path: choices[0] for path, choices in names.items()}
 
 
-def plan_outputs(inputs: dict[str, str], args: argparse.Namespace) -> tuple[dict[str, list[str]], list[Recording]]:
+def plan_outputs(
+    inputs: dict[str, str], args: argparse.Namespace, several: bool
+) -> tuple[dict[str, list[str]], list[Recording]]:
     """The paths of each input's output files, none where the text goes to stdout; and the inputs that cannot have any.
 
     Makes the folder that they are for. Raises SetupError where it cannot, or where an output is one of the inputs.
     """
     if args.output_dir is None:
-        if args.output_format == "all" or (args.many and args.output_format not in ("txt", "json")):
+        if args.output_format == "all" or (several and args.output_format not in ("txt", "json")):
             raise common.SetupError(f"--output-format {args.output_format} needs --output-dir")
         return {path: [] for path in inputs}, []
     try:
@@ -378,19 +371,18 @@ def plan_outputs(inputs: dict[str, str], args: argparse.Namespace) -> tuple[dict
 
 def transcribe(
     recognizer: common.Recognizer, paths: Iterable[str], args: argparse.Namespace,
-    on_progress: Callable[[float], None] = lambda seconds: None,
+    on_chunk: Callable[[Chunk], None] = lambda chunk: None,
 ) -> Iterator[Recording]:  # fmt: skip
-    """The recordings, in order, each when its last chunk has its text; on_progress is told the seconds of audio done
-    since its last call.
+    """The recordings, in order, each when its last chunk has its text; on_chunk is called with each chunk that has.
 
-    A batch may have chunks of several recordings, and while an accelerator decodes one batch the next is read. Where
-    the device fails, nothing that it returns can be believed: all recordings in the batch come with an error, and then
-    DeviceError is raised.
+    A batch may have chunks of several recordings. While an accelerator decodes one batch the next is read, unless the
+    stages are timed. Where the device fails, nothing that it returns can be believed: all recordings in the batch come
+    with an error, and then DeviceError is raised.
     """
     device = recognizer.model.device
     batch_size = fitting = args.batch_size or common.default_batch_size(device)
-    chunks = read_recordings(paths, recognizer.extractor, args)
-    if device.type != "cpu":  # where the reader and the model would compete for the cores: half the speed
+    chunks = read_recordings(paths, recognizer, args)
+    if device.type != "cpu" and recognizer.lap is common.untimed:  # on a CPU both would compete for the cores
         chunks = ahead(chunks, batch_size)
     for batch in batches(chunks, batch_size):
         try:
@@ -402,24 +394,27 @@ def transcribe(
             raise
         for chunk in batch:
             chunk.recording.chunks.append(chunk)
-            on_progress(chunk.end - chunk.start)
+            on_chunk(chunk)
             if chunk.is_last:
                 yield chunk.recording
 
 
-def read_recordings(paths: Iterable[str], extractor, args: argparse.Namespace) -> Iterator[Chunk]:
+def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, args: argparse.Namespace) -> Iterator[Chunk]:
     """The chunks of each recording, at least one. Whatever goes wrong while it is read is the recording's error."""
     for path in paths:
         recording, chunk = Recording(path), None
         try:
-            for start, end, waveform in common.read_chunks(path, args.chunk_length, recording.warn):
+            for found in common.read_chunks(path, args.chunk_length, recording.warn):
+                recognizer.lap("read and resample")
                 if chunk is not None:
                     yield chunk
-                chunk = Chunk(recording, start, end)
-                if args.no_speech_threshold == 1 or not is_steady(waveform):
-                    chunk.features = common.extract_features(extractor, waveform)
+                chunk = Chunk(**vars(found), recording=recording)
+                if args.no_speech_threshold == 1 or not is_steady(chunk.waveform):
+                    chunk.features = common.extract_features(recognizer.extractor, chunk.waveform)
                     if args.output_format != "txt":  # which has no times
-                        chunk.loud_frames = find_loud_frames(waveform)
+                        chunk.loud_frames = find_loud_frames(chunk.waveform)
+                chunk.waveform = None
+                recognizer.lap("features")
         except common.SetupError:  # librosa cannot be loaded: the same for all recordings
             raise
         except common.AudioError as error:
@@ -427,7 +422,7 @@ def read_recordings(paths: Iterable[str], extractor, args: argparse.Namespace) -
         except Exception as error:
             recording.error = f"cannot be read ({type(error).__name__}: {common.first_line(error)})"
         if chunk is None:
-            chunk = Chunk(recording, 0.0, 0.0)
+            chunk = Chunk(0.0, 0.0, None, recording)
         chunk.is_last = True
         yield chunk
 
@@ -479,24 +474,15 @@ def batches(chunks: Iterable[Chunk], batch_size: int) -> Iterator[list[Chunk]]:
 
 
 def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, args: argparse.Namespace) -> int:
-    """Set the texts and, where the output format has them, the times of chunks; returns the batch size that fitted.
+    """Decode chunks in batches, which are halved where the device is out of memory; the batch size that fitted.
 
-    Where the device is out of memory the batch is halved. Raises DeviceError.
+    Raises DeviceError.
     """
     device, n_done, before = recognizer.model.device, 0, batch_size
     while n_done < len(chunks):
         batch = chunks[n_done : n_done + batch_size]
         try:
-            token_ids, no_speech_probs, encoded = common.generate(
-                recognizer, [chunk.features for chunk in batch], args.max_new_tokens
-            )
-            for chunk, ids, no_speech_prob in zip(batch, token_ids, no_speech_probs, strict=True):
-                set_text(chunk, recognizer.tokenizer, ids, no_speech_prob, args.no_speech_threshold)
-            if args.output_format != "txt":
-                with torch.inference_mode(), common.device_errors(device):
-                    weights = cross_attention(recognizer, encoded, [chunk.token_ids for chunk in batch])
-                    for chunk, of_chunk in zip(batch, weights, strict=True):
-                        set_times(chunk, recognizer.tokenizer, of_chunk)
+            recognize_batch(recognizer, batch, args)
             n_done += len(batch)
             continue
         except common.OutOfMemoryError:
@@ -509,9 +495,23 @@ def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: in
     if batch_size < before:
         said = f"{device} is out of memory in batches of {before}: --batch-size {batch_size} from here on"
         common.notice(f"warning: {said}")
-    for chunk in chunks:
-        chunk.features = None
     return batch_size
+
+
+def recognize_batch(recognizer: common.Recognizer, batch: list[Chunk], args: argparse.Namespace) -> None:
+    """Set the texts and, where the output format has them, the times of chunks. Raises DeviceError."""
+    decoded = common.generate(recognizer, [chunk.features for chunk in batch], args.max_new_tokens)
+    for chunk, ids, no_speech_prob in zip(batch, decoded.token_ids, decoded.no_speech_probs, strict=True):
+        set_text(chunk, recognizer.tokenizer, ids, no_speech_prob, args.no_speech_threshold)
+    recognizer.lap("text")
+    if args.output_format != "txt":
+        with torch.inference_mode(), common.device_errors(recognizer.model.device):
+            weights = cross_attention(recognizer, decoded.encoded, [chunk.token_ids for chunk in batch])
+            for chunk, of_chunk in zip(batch, weights, strict=True):
+                set_times(chunk, recognizer.tokenizer, of_chunk)
+        recognizer.lap("times")
+    for chunk in batch:
+        chunk.features = None
 
 
 def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float, no_speech_threshold: float) -> None:
@@ -521,7 +521,7 @@ def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float, no_
     chunk.compression_ratio = len(data) / len(zlib.compress(data))
     chunk.looping = chunk.compression_ratio > COMPRESSION_RATIO_LIMIT
     chunk.token_limit = ids[-1] != end
-    chunk.no_speech_prob = no_speech_prob
+    chunk.n_decoded, chunk.no_speech_prob = len(ids), no_speech_prob
     chunk.left_out = no_speech_prob > no_speech_threshold
     ids = [i for i in ids if i != end]
     chunk.token_ids = [*(without_loop(ids) if chunk.looping else ids), end]
@@ -763,16 +763,13 @@ def cells(text: str) -> float:
 # --- Output ---
 
 
-def deliver(recording: Recording, outputs: list[str], args: argparse.Namespace) -> None:
+def deliver(recording: Recording, outputs: list[str], stdout_format: str, language: str) -> None:
     """Write a recording's output files, or to stdout where it has none; what fails becomes its error."""
-    if not outputs and args.many and args.output_format == "txt":
-        path = common.one_line(recording.path)
-        common.write_stdout(f"{path}\t{full_text(recording, args.text_language)}\n")
-    elif not outputs:
-        common.write_stdout(render(recording, args.output_format, args.text_language))
+    if not outputs:
+        common.write_stdout(render(recording, stdout_format, language))
     for output in outputs:
         try:
-            write_whole(output, render(recording, output.rpartition(".")[2], args.text_language))
+            write_whole(output, render(recording, output.rpartition(".")[2], language))
         except OSError as error:
             recording.error = f"cannot write {output}: {error.strerror}"
 
@@ -796,8 +793,10 @@ def write_whole(path: str, content: str) -> None:
 def render(recording: Recording, extension: str, language: str) -> str:
     """The content of an output file, in the format of openai/whisper's writers; language is that of the text.
 
-    txt has a line for each sentence, and needs no times.
+    txt has a line for each sentence, and needs no times; "line" is the path, a tab and the whole text.
     """
+    if extension == "line":
+        return f"{common.one_line(recording.path)}\t{full_text(recording, language)}\n"
     if extension == "txt":
         chunks = (chunk for chunk in recording.chunks if not chunk.left_out)
         texts = (chunk.text[first:end] for chunk in chunks for first, end in sentences(chunk.text))
@@ -833,28 +832,26 @@ def full_text(recording: Recording, language: str) -> str:
 
 
 def json_content(recording: Recording, cues: list[Cue], language: str) -> dict:
-    """What openai/whisper's JSON has, and what is known of the chunk that a segment comes from."""
+    """What openai/whisper's JSON has, and what is known of the chunk that a segment comes from; to three decimals."""
     segments = [
         {
-            "id": i, "start": round(cue.start, 3), "end": round(cue.end, 3), "text": cue.text,
-            "words": [{"word": word, "start": round(s, 3), "end": round(e, 3)} for word, s, e in cue.words],
+            "id": i, "start": cue.start, "end": cue.end, "text": cue.text,
+            "words": [{"word": word, "start": start, "end": end} for word, start, end in cue.words],
             "times": "aligned" if cue.chunk.aligned else "proportional",
-            "no_speech_prob": round(cue.chunk.no_speech_prob, 3),
-            "compression_ratio": round(cue.chunk.compression_ratio, 3),
+            "no_speech_prob": cue.chunk.no_speech_prob, "compression_ratio": cue.chunk.compression_ratio,
             "token_limit": cue.chunk.token_limit, "looping": cue.chunk.looping,
         }
         for i, cue in enumerate(cues)
     ]  # fmt: skip
     left_out = [
-        {"start": round(c.start, 3), "end": round(c.end, 3), "text": c.text,
-         "no_speech_prob": None if c.no_speech_prob is None else round(c.no_speech_prob, 3)}
-        for c in recording.chunks if c.left_out
+        {"start": chunk.start, "end": chunk.end, "text": chunk.text, "no_speech_prob": chunk.no_speech_prob}
+        for chunk in recording.chunks if chunk.left_out
     ]  # fmt: skip
-    return {
+    content = {
         "text": full_text(recording, language), "segments": segments, "language": language,
-        "duration": round(recording.duration, 3), "path": recording.path, "warnings": recording.warnings,
-        "left_out": left_out,
+        "duration": recording.duration, "path": recording.path, "warnings": recording.warnings, "left_out": left_out,
     }  # fmt: skip
+    return json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 3))
 
 
 if __name__ == "__main__":

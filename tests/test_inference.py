@@ -51,10 +51,10 @@ for first, end, text, ratio, spoken_to in [
 ]:  # fmt: skip
     edges = np.linspace(first, spoken_to, len(text) + 1)  # at an even pace
     RECORDING.chunks.append(inference.Chunk(
-        RECORDING, first, end, text=text, no_speech_prob=0.1, compression_ratio=ratio, left_out=False,
+        first, end, None, RECORDING, text=text, no_speech_prob=0.1, compression_ratio=ratio, left_out=False,
         token_limit=ratio > 2.4, looping=ratio > 2.4, times=np.stack([edges[:-1], edges[1:]], 1),
     ))  # fmt: skip
-RECORDING.chunks.insert(1, inference.Chunk(RECORDING, 2.5, 59.9996, text="ご視聴", no_speech_prob=0.9))
+RECORDING.chunks.insert(1, inference.Chunk(2.5, 59.9996, None, RECORDING, text="ご視聴", no_speech_prob=0.9))
 
 
 @pytest.mark.parametrize(
@@ -296,11 +296,9 @@ def test_an_output_that_cannot_be_written_whole_is_not_written_and_fails_its_fil
 def test_a_model_that_is_not_there(audio):
     arguments = ["--audio", audio / "hello.wav", "--device", "cpu", "--model"]
     for model, words, environment in [
-        ("no/such/folder", "no such folder", {}),
-        ("kotoba", "no such folder", {}),
-        ("~/kotoba/", "no such folder", {}),
-        (audio / "hello.wav", "this is a file, not the folder of a model", {}),
-        ("someone/some-model", "HF_HUB_OFFLINE forbids it now: unset HF_HUB_OFFLINE", {}),
+        *((name, "no such folder, and no download (", {}) for name in ("no/such/folder", "~/kotoba/", "kotoba")),
+        (audio / "hello.wav", "no such folder, and no download (", {}),
+        ("someone/some-model", "please unset the `HF_HUB_OFFLINE` environment variable", {}),
         ("someone/some-model", "set HF_ENDPOINT=https://hf-mirror.com, or name a folder",
          {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}),
     ]:  # fmt: skip

@@ -37,7 +37,8 @@ def chunk_to_decode(recognizer, waveform: np.ndarray) -> inference.Chunk:
     """A chunk that is a recording of its own."""
     recording, features = inference.Recording(""), common.extract_features(recognizer.extractor, waveform)
     chunk = inference.Chunk(
-        recording, 0, len(waveform) / 16_000, features=features, loud_frames=inference.find_loud_frames(waveform)
+        0, len(waveform) / 16_000, waveform, recording, features=features,
+        loud_frames=inference.find_loud_frames(waveform),
     )
     recording.chunks.append(chunk)
     return chunk
@@ -180,7 +181,7 @@ def test_a_long_pause_ends_a_segment_and_no_segment_outlasts_the_speech(recogniz
 
 def chunk_of(text: str, start: float, seconds: float, rng: random.Random, tokens: bool) -> inference.Chunk:
     """A chunk whose characters are spoken at random times, some after long pauses."""
-    chunk = inference.Chunk(None, start, start + seconds, text=text.strip(), left_out=False, aligned=True)
+    chunk = inference.Chunk(start, start + seconds, None, None, text=text.strip(), left_out=False, aligned=True)
     chunk.token_starts = {i for i in range(len(text)) if rng.random() < 0.6 or not tokens}
     n = len(chunk.text)
     chunk.times = np.sort([rng.uniform(0, seconds) for _ in range(2 * n)]).reshape(n, 2)

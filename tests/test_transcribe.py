@@ -47,7 +47,7 @@ def test_every_batch_size_gives_the_same_text_in_input_order(corpus, transcribe,
 
 
 def test_chunks_of_several_files_fill_one_batch(corpus, recognizer):
-    chunks = inference.read_recordings(corpus[0], recognizer.extractor, options_of())
+    chunks = inference.read_recordings(corpus[0], recognizer, options_of())
     sizes = [sum(chunk.features is not None for chunk in batch) for batch in inference.batches(chunks, 8)]
     assert sizes[:-1] == [8] * (len(sizes) - 1) and sum(sizes) > len(corpus[0])
 
@@ -100,8 +100,8 @@ def test_what_the_model_takes_for_no_speech_is_left_out_and_kept_in_the_json(tmp
     path, generate = write(tmp_path / "a.wav", synthesize("こんにちは")), common.generate
 
     def generate_doubtful(*arguments):
-        token_ids, _, encoded = generate(*arguments)
-        return token_ids, [0.8] * len(token_ids), encoded
+        decoded = generate(*arguments)
+        return decoded._replace(no_speech_probs=[0.8] * len(decoded.token_ids))
 
     monkeypatch.setattr(common, "generate", generate_doubtful)
     status, out, err = infer("--audio", path, "-f", "json")
