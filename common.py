@@ -683,7 +683,7 @@ def decode(
     """
     from transformers import DynamicCache, EncoderDecoderCache
 
-    model, end, token_mask = recognizer.model, recognizer.tokenizer.eos_token_id, recognizer.token_mask
+    model, eos, token_mask = recognizer.model, recognizer.tokenizer.eos_token_id, recognizer.token_mask
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     token_ids = recognizer.prompt.expand(len(encoded), -1)  # a copy from the host would wait for the encoder
     positions = torch.arange(PROMPT_LENGTH + max_new_tokens, device=model.device)
@@ -699,17 +699,22 @@ def decode(
             if needs_cpu_attention(model.device, model.dtype):
                 lay_out_for_cpu(cache.cross_attention_cache)
         chosen.append((logits[:, -1] + token_mask[min(i, 1)]).max(-1))
-        ended |= chosen[i].indices == end
+        ended |= chosen[i].indices == eos
         if (i + 1) % CHECK_EVERY == 0 and ended.all():
             break
         token_ids, position = chosen[i].indices[:, None], positions[PROMPT_LENGTH + i : PROMPT_LENGTH + i + 1]
     rows = torch.stack([step.indices for step in chosen], 1).tolist()
-    rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
+    rows = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
     scores = torch.stack([step.values for step in chosen], 1).tolist()
     if not all(np.isfinite(of_row[: len(row)]).all() for row, of_row in zip(rows, scores, strict=True)):
-        remedy = "--dtype bfloat16 or float32 may hold them" if model.dtype == torch.float16 else "is the model whole?"
-        raise DeviceError(f"{model.device} computes NaN or infinity in {dtype_name(model.dtype)}: {remedy}")
+        raise nan_error(model)
     return rows, no_speech_probs.tolist()
+
+
+def nan_error(model: torch.nn.Module) -> DeviceError:
+    """The error to raise where a model has computed NaN or infinity."""
+    remedy = "--dtype bfloat16 or float32 may hold them" if model.dtype == torch.float16 else "is the model whole?"
+    return DeviceError(f"{model.device} computes NaN or infinity in {dtype_name(model.dtype)}: {remedy}")
 
 
 # --- Kernels for bfloat16 on a CPU ---

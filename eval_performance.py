@@ -55,7 +55,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="Measure S seconds of sweeps too.")  # fmt: skip
     common.add_model_options(parser, max_new_tokens=128)
     add = parser.add_argument_group("measurement").add_argument
-    add("--times", action="store_true", help="Compute times too, as inference.py does for subtitles and JSON.")
     add("--batch-size", type=count, metavar="N", help="How many chunks are decoded together. (default: 16, on a CPU 8)")
     add("--warmup", type=count, default=2, metavar="N",
         help="How many runs come before those that count; the first is the cold one. (default: %(default)s)")
@@ -72,7 +71,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the arguments say; the exit status. Raises SetupError."""
-    args.output_format = "json" if args.times else "txt"
     device = common.select_device(args.device)
     from transformers import WhisperForConditionalGeneration  # noqa: F401  (its import counts for no device)
 
@@ -127,13 +125,13 @@ class Stopwatch:
 def run_once(recognizer: common.Recognizer, paths: list[str], args: argparse.Namespace) -> list[inference.Chunk]:
     """Transcribe recordings as inference.py does, up to the text that it would write: their chunks.
 
-    Raises SetupError.
+    Only real audio is decoded again where the model has not heard it whole. Raises SetupError.
     """
     chunks = []
-    for recording in inference.transcribe(recognizer, paths, args):
+    for recording in inference.transcribe(recognizer, paths, args, decode_again=args.audio == paths):
         if recording.error is not None:
             raise common.SetupError(f"{recording.path}: {recording.error}")
-        inference.render(recording, args.output_format, "ja")
+        inference.render(recording, "txt", "ja")
         recognizer.lap("text")
         chunks += recording.chunks
     if not any(chunk.n_decoded for chunk in chunks):
@@ -165,7 +163,7 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: a
     stages_s = {stage: samples[args.warmup :] for stage, samples in stages_s.items()}
     return {
         "label": label, "audio_s": sum(chunk.end - chunk.start for chunk in chunks),
-        "n_windows": sum(chunk.n_decoded > 0 for chunk in chunks), "n_tokens": sum(chunk.n_decoded for chunk in chunks),
+        "n_windows": sum(chunk.n_windows for chunk in chunks), "n_tokens": sum(chunk.n_decoded for chunk in chunks),
         "first_s": first_s, "samples_s": samples_s, "median_s": float(np.median(samples_s)), "stages_s": stages_s,
         "stage_medians_s": {stage: float(np.median(samples)) for stage, samples in stages_s.items()},
         "peak_bytes": memory.max_memory_allocated(device) if memory else None,

@@ -48,13 +48,15 @@ UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisp
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
 NO_SPEECH_THRESHOLD = 0.7  # openai/whisper's 0.6 lost 6 whole sentences in 1162 inputs, this one 1 (tests/README.md)
 STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # least variation of speech; the steadiest of 475 inputs has 4.9 dB
+LOGPROB_LIMIT = -1.0  # openai/whisper's: below it a text is not to be believed
+UNHEARD_S = 1.0  # of loud sound without a character: shorter ones are coughs and chairs
 QUIETER_DB = 30  # what is more than this below the loudest part of a chunk is a pause,
 NOISE_DB, VOICE_DB = 8, 12  # and what is less than NOISE_DB above the noise, and more than VOICE_DB below the loudest
 FRAME_S = 0.02  # of the encoder's output
 CLICK_FRAMES = 5  # of which most are loud where someone speaks: keys and gusts are shorter
 N_HEADS = 10  # attention heads that are used, at most: the best number in arXiv 2509.09987
-FASTEST = 20  # tokens in a second of speech: twice as many as anyone speaks
-LONGEST_TOKEN_S = 2.0  # of loud sound; a longer token shows that the alignment has missed text
+FASTEST = 20  # characters in a second of speech: twice as many as anyone speaks
+LONGEST_UNIT_S = 2.0  # of loud sound; a character that takes longer shows that the alignment has missed text
 SHORT_PAUSE_S = 0.2  # ends a token; at 0.3 a sentence that follows after 0.1 s of silence is shown 0.2 s early
 LONG_PAUSE_S = 0.7  # ends a cue
 LINE_CELLS, CUE_LINES = 16, 2  # full-width characters in a line of a subtitle, and lines of it (Netflix: 13 to 16, 2)
@@ -99,21 +101,25 @@ class Chunk(common.Chunk):
 
     recording: Recording
     is_last: bool = False  # of its recording
+    is_part: bool = False  # of a chunk that the model has not heard whole
     features: torch.Tensor | None = None  # input_features, until it is decoded
     loud_frames: np.ndarray | None = None  # as find_loud_frames gives them
     # What set_text finds out:
     text: str = ""
-    n_decoded: int = 0  # tokens, with the end of the text and with repetitions
+    n_windows: int = 0  # that were decoded for it, of a part's chunk too,
+    n_decoded: int = 0  # and their tokens, with ends and repetitions
     token_ids: list[int] = field(default_factory=list)  # of the text, and the end of the text
     no_speech_prob: float | None = None  # None where it was not decoded
     compression_ratio: float = 0.0
     left_out: bool = True  # not in the text: it is steady and was not decoded, or the model finds no speech in it
     token_limit: bool = False  # decoding ended at the token limit: text may be missing
     looping: bool = False  # the decoder repeated itself; the text keeps the first turn
+    avg_logprob: float | None = None  # mean log-probability of its tokens; None where it was not decoded
     # What set_times finds out:
     token_starts: set[int] = field(default_factory=set)  # the characters of the text that a token begins with
     times: np.ndarray | None = None  # start and end of each character, from the recording's beginning, (n, 2) in s
     aligned: bool = False  # the times are from the decoder's attention
+    silent_frames: list[int] = field(default_factory=list)  # loud ones of which no character has any
 
 
 # --- Command ---
@@ -210,16 +216,23 @@ def transcribe_files(
                       "kotoba-tech/kotoba-whisper-bilingual-v1.0 with --language en (or ja, from English)")  # fmt: skip
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if torch.distributed.is_initialized() else 0
     device = common.select_device(args.device, local_rank)
-    if args.output_format != "txt":
-        common.import_librosa()  # here, where it counts as loading and a failure ends the run
+    common.import_librosa()  # here, where it counts as loading and a failure ends the run
     dtype = common.select_dtype(args.dtype, device)
     recognizer = common.load_model(args.model, device, dtype, args.language, args.task)
     loaded_s, failure, n_left = time.perf_counter(), None, len(paths)
     progress = Progress(paths)
+    as_heard = args.output_dir is None and stdout_format == "txt"  # then there is one recording
+
+    def on_chunk(chunk: Chunk) -> None:
+        """Show the progress, and the text where it need not wait for the end of its recording."""
+        progress.add(chunk)
+        if as_heard:
+            common.write_stdout(plain_text(chunk))
+
     with progress.bar:
         try:
-            for recording in transcribe(recognizer, paths, args, progress.add):
-                if recording.error is None:
+            for recording in transcribe(recognizer, paths, args, on_chunk):
+                if recording.error is None and not as_heard:
                     deliver(recording, outputs[recording.path], stdout_format, language)
                 count(recording, totals)
                 n_left -= 1
@@ -266,11 +279,12 @@ def count(recording: Recording, totals: Counter) -> None:
         return
     kept = [chunk for chunk in recording.chunks if not chunk.left_out]
     totals.update(audio_s=recording.duration, left_out=len(recording.chunks) - len(kept))
+    totals.update(again=sum(chunk.is_part for chunk in recording.chunks) // 2)
     totals.update(token_limit=sum(chunk.token_limit for chunk in kept), looping=sum(chunk.looping for chunk in kept))
     if not kept:
-        probs = [chunk.no_speech_prob for chunk in recording.chunks if chunk.no_speech_prob is not None]
-        why = f"the model gives that a probability of {min(probs):.2f} or more" if probs else "nothing in it moves"
-        common.notice(f"{recording.path}: no speech: {why}")
+        decoded = any(chunk.n_decoded for chunk in recording.chunks)
+        why = "the model finds none" if decoded else "nothing in it moves"
+        common.notice(f"{recording.path}: no speech: {why} (--no-speech-threshold 1 keeps all)")
 
 
 def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, model=None) -> str:
@@ -281,9 +295,11 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
     if model is not None:
         line += f", {audio_s:.1f} s of audio in {taken_s:.1f} s ({audio_s / taken_s:.3g} times real time) on "
         line += f"{model.device} in {common.dtype_name(model.dtype)}, loaded in {load_s:.1f} s"
-    for name, noun, rest in (("warnings", "warning", ""), ("left_out", "chunk", " without speech"),
-                             ("token_limit", "chunk", " cut off at the token limit"), ("looping", "chunk", " looping")):
-        line += f"; {totals[name]} {noun}{'s' * (totals[name] != 1)}{rest}" if totals[name] else ""
+    for name, one, rest in (
+        ("warnings", "warning", ""), ("again", "chunk", " decoded again"), ("left_out", "chunk", " without speech"),
+        ("token_limit", "chunk", " cut off at the token limit"), ("looping", "chunk", " looping"),
+    ):  # fmt: skip
+        line += f"; {totals[name]} {one}{'s' * (totals[name] != 1)}{rest}" if totals[name] else ""
     return line
 
 
@@ -371,28 +387,39 @@ def plan_outputs(
 
 def transcribe(
     recognizer: common.Recognizer, paths: Iterable[str], args: argparse.Namespace,
-    on_chunk: Callable[[Chunk], None] = lambda chunk: None,
+    on_chunk: Callable[[Chunk], None] = lambda chunk: None, decode_again: bool = True,
 ) -> Iterator[Recording]:  # fmt: skip
-    """The recordings, in order, each when its last chunk has its text; on_chunk is called with each chunk that has.
+    """The recordings, in order, each when its last chunk has its text; on_chunk is called with each chunk, in order.
 
-    A batch may have chunks of several recordings. While an accelerator decodes one batch the next is read, unless the
-    stages are timed. Where the device fails, nothing that it returns can be believed: all recordings in the batch come
-    with an error, and then DeviceError is raised.
+    Where decode_again is True, a chunk that the model has not heard whole is cut in two, and both parts are decoded in
+    its place. A batch may have chunks of several recordings. While an accelerator decodes one batch the next is read,
+    unless the stages are timed. Where the device fails, nothing that it returns can be believed: all recordings that
+    have begun come with an error, and then DeviceError is raised.
     """
     device = recognizer.model.device
     batch_size = fitting = args.batch_size or common.default_batch_size(device)
     chunks = read_recordings(paths, recognizer, args)
     if device.type != "cpu" and recognizer.lap is common.untimed:  # on a CPU both would compete for the cores
         chunks = ahead(chunks, batch_size)
-    for batch in batches(chunks, batch_size):
+    parts, waiting = deque(), []  # waiting: the chunks, in order, that are not decoded or wait for one before them
+    while batch := next_batch(parts, chunks, batch_size):
+        waiting += [chunk for chunk in batch if not chunk.is_part]
         try:
             fitting = recognize(recognizer, [chunk for chunk in batch if chunk.features is not None], fitting, args)
         except common.DeviceError as error:
-            for recording in dict.fromkeys(chunk.recording for chunk in batch):
+            for recording in dict.fromkeys(chunk.recording for chunk in waiting):
                 recording.error = recording.error or str(error)
                 yield recording
             raise
         for chunk in batch:
+            if decode_again and (cut := place_to_cut(chunk)):
+                halves = halve(recognizer, chunk, cut, args)
+                parts += halves
+                i = waiting.index(chunk)
+                waiting[i : i + 1] = halves
+            chunk.waveform = None
+        while waiting and waiting[0].features is None:
+            chunk = waiting.pop(0)
             chunk.recording.chunks.append(chunk)
             on_chunk(chunk)
             if chunk.is_last:
@@ -409,11 +436,7 @@ def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, args: a
                 if chunk is not None:
                     yield chunk
                 chunk = Chunk(**vars(found), recording=recording)
-                if args.no_speech_threshold == 1 or not is_steady(chunk.waveform):
-                    chunk.features = common.extract_features(recognizer.extractor, chunk.waveform)
-                    if args.output_format != "txt":  # which has no times
-                        chunk.loud_frames = find_loud_frames(chunk.waveform)
-                chunk.waveform = None
+                prepare(recognizer, chunk, args)
                 recognizer.lap("features")
         except common.SetupError:  # librosa cannot be loaded: the same for all recordings
             raise
@@ -425,6 +448,13 @@ def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, args: a
             chunk = Chunk(0.0, 0.0, None, recording)
         chunk.is_last = True
         yield chunk
+
+
+def prepare(recognizer: common.Recognizer, chunk: Chunk, args: argparse.Namespace) -> None:
+    """Set the features and the loud frames of a chunk that is to be decoded."""
+    if args.no_speech_threshold == 1 or not is_steady(chunk.waveform):
+        chunk.features = common.extract_features(recognizer.extractor, chunk.waveform)
+        chunk.loud_frames = find_loud_frames(chunk.waveform)
 
 
 def is_steady(waveform: np.ndarray) -> bool:
@@ -461,16 +491,14 @@ def ahead(items: Iterable, n: int) -> Iterator:
         thread.shutdown(cancel_futures=True)
 
 
-def batches(chunks: Iterable[Chunk], batch_size: int) -> Iterator[list[Chunk]]:
-    """Lists of chunks: each has batch_size chunks with features, and the chunks without features between them."""
+def next_batch(parts: deque[Chunk], chunks: Iterator[Chunk], batch_size: int) -> list[Chunk]:
+    """The parts that wait to be decoded and then further chunks, together batch_size with features, and the chunks
+    without features between them."""
     batch, n_features = [], 0
-    for chunk in chunks:
-        if chunk.features is not None and n_features == batch_size:
-            yield batch
-            batch, n_features = [], 0
+    while n_features < batch_size and (chunk := parts.popleft() if parts else next(chunks, None)):
         batch.append(chunk)
         n_features += chunk.features is not None
-    yield batch
+    return batch
 
 
 def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, args: argparse.Namespace) -> int:
@@ -499,33 +527,46 @@ def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: in
 
 
 def recognize_batch(recognizer: common.Recognizer, batch: list[Chunk], args: argparse.Namespace) -> None:
-    """Set the texts and, where the output format has them, the times of chunks. Raises DeviceError."""
+    """Set the texts and the times of chunks. Raises DeviceError."""
     decoded = common.generate(recognizer, [chunk.features for chunk in batch], args.max_new_tokens)
     for chunk, ids, no_speech_prob in zip(batch, decoded.token_ids, decoded.no_speech_probs, strict=True):
         set_text(chunk, recognizer.tokenizer, ids, no_speech_prob, args.no_speech_threshold)
     recognizer.lap("text")
-    if args.output_format != "txt":
-        with torch.inference_mode(), common.device_errors(recognizer.model.device):
-            weights = cross_attention(recognizer, decoded.encoded, [chunk.token_ids for chunk in batch])
-            for chunk, of_chunk in zip(batch, weights, strict=True):
-                set_times(chunk, recognizer.tokenizer, of_chunk)
-        recognizer.lap("times")
+    with torch.inference_mode(), common.device_errors(recognizer.model.device):
+        forced = force_texts(recognizer, decoded.encoded, [chunk.token_ids for chunk in batch])
+        for chunk, (weights, logprobs) in zip(batch, forced, strict=True):
+            set_logprob(chunk, logprobs, args.no_speech_threshold)
+            set_times(chunk, recognizer.tokenizer, weights)
+    recognizer.lap("times")
     for chunk in batch:
         chunk.features = None
 
 
 def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float, no_speech_threshold: float) -> None:
     """Set the text of a chunk and its marks, from what was decoded."""
-    end = tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
     data = tokenizer.decode(ids, skip_special_tokens=True).strip().encode()
     chunk.compression_ratio = len(data) / len(zlib.compress(data))
     chunk.looping = chunk.compression_ratio > COMPRESSION_RATIO_LIMIT
-    chunk.token_limit = ids[-1] != end
-    chunk.n_decoded, chunk.no_speech_prob = len(ids), no_speech_prob
+    chunk.token_limit = ids[-1] != eos
+    chunk.n_windows += 1
+    chunk.n_decoded += len(ids)
+    chunk.no_speech_prob = no_speech_prob
     chunk.left_out = no_speech_prob > no_speech_threshold
-    ids = [i for i in ids if i != end]
-    chunk.token_ids = [*(without_loop(ids) if chunk.looping else ids), end]
+    ids = [i for i in ids if i != eos]
+    chunk.token_ids = [*(without_loop(ids) if chunk.looping else ids), eos]
     chunk.text = re.sub(common.CONTROL, " ", tokenizer.decode(chunk.token_ids, skip_special_tokens=True)).strip()
+
+
+def set_logprob(chunk: Chunk, logprobs: torch.Tensor, no_speech_threshold: float) -> None:
+    """Set the mean log-probability of a chunk's tokens; a part whose text is unlikely is left out.
+
+    The end of a text that was cut off is not the model's own, and does not count.
+    """
+    is_cut = chunk.looping or chunk.token_limit
+    chunk.avg_logprob = logprobs[: len(logprobs) - is_cut].mean().item()
+    if chunk.is_part and chunk.avg_logprob < LOGPROB_LIMIT and no_speech_threshold < 1:
+        chunk.left_out = True
 
 
 def without_loop(ids: list[int]) -> list[int]:
@@ -537,53 +578,103 @@ def without_loop(ids: list[int]) -> list[int]:
     return ids[: len(ids) - n_repeated]
 
 
+def place_to_cut(chunk: Chunk) -> float | None:
+    """Where to cut a chunk that the model has not heard whole, in seconds from its start; None where it has, or where
+    no more than one try is left.
+
+    After a pause the model may end its text. Then a stretch of sound follows of which no character has a frame, and the
+    pause before it is the place. Text that repeats itself, that is cut off or that the model finds unlikely shows that
+    it is lost: the longest pause is the place.
+    """
+    if chunk.is_part or chunk.left_out or chunk.loud_frames is None:
+        return None
+    frames = chunk.loud_frames
+    stretches = np.split(frames, np.flatnonzero(np.diff(frames) * FRAME_S >= common.PAUSE_S) + 1)
+    pauses = list(itertools.pairwise(stretches))
+    silent = [
+        i for i, stretch in enumerate(stretches)
+        if len(stretch) * FRAME_S >= UNHEARD_S and np.isin(stretch, chunk.silent_frames).mean() > 0.9
+    ]  # fmt: skip
+    if chunk.looping or chunk.token_limit or chunk.avg_logprob < LOGPROB_LIMIT:
+        if not pauses:  # the quietest moment in the middle
+            middle = chunk.waveform[: 3 * len(chunk.waveform) // 4]
+            return common.quietest_cut(middle, common.SAMPLING_RATE) / common.SAMPLING_RATE
+        before, after = max(pauses, key=lambda pause: pause[1][0] - pause[0][-1])
+    elif silent and pauses:
+        before, after = pauses[max(silent[0] - 1, 0)]
+    else:
+        return None
+    return FRAME_S * (before[-1] + after[0] + 1) / 2
+
+
+def halve(recognizer: common.Recognizer, chunk: Chunk, cut_s: float, args: argparse.Namespace) -> list[Chunk]:
+    """The two parts of a chunk, ready to be decoded."""
+    place, middle_s = round(cut_s * common.SAMPLING_RATE), chunk.start + cut_s
+    first = Chunk(chunk.start, middle_s, chunk.waveform[:place], chunk.recording, is_part=True)
+    second = Chunk(middle_s, chunk.end, chunk.waveform[place:], chunk.recording, is_part=True, is_last=chunk.is_last)
+    first.n_windows, first.n_decoded = chunk.n_windows, chunk.n_decoded
+    for part in (first, second):
+        prepare(recognizer, part, args)
+    return [first, second]
+
+
 # --- Times: cross-attention -> when each character is spoken ---
 
 
-def cross_attention(recognizer: common.Recognizer, encoded, token_ids: list[list[int]]) -> Iterator[torch.Tensor]:
-    """Where the decoder looks in the audio as it predicts each token: attention weights of all heads of all layers,
-    (n_heads, n_tokens, n_positions) float32, for one row of the batch after the other.
+def force_texts(
+    recognizer: common.Recognizer, encoded: torch.Tensor, token_ids: list[list[int]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What one forward over the finished texts shows (teacher forcing), for one row of the batch after the other.
 
-    They are computed from the queries and keys of one forward over the finished texts, because the kernels that
-    compute attention do not hand its weights out.
+    Where the decoder looks in the audio as it predicts each token: attention weights of all heads of all layers,
+    (n_heads, n_tokens, n_positions) float32, computed from its queries and keys, because the kernels that compute
+    attention do not hand the weights out. And the log-probability of each token, (n_tokens,) float32 on the CPU.
     """
-    decoder, first = recognizer.model.model.decoder, common.PROMPT_LENGTH - 1
-    layers, outputs = [layer.encoder_attn for layer in decoder.layers], []
+    model, first = recognizer.model, common.PROMPT_LENGTH - 1
+    layers, outputs = [layer.encoder_attn for layer in model.model.decoder.layers], []
     with contextlib.ExitStack() as hooks:
         for linear in itertools.chain(*((layer.q_proj, layer.k_proj) for layer in layers)):
             hooks.enter_context(linear.register_forward_hook(lambda module, args, output: outputs.append(output)))
         inputs = common.decoder_inputs(recognizer, token_ids)
-        decoder(input_ids=inputs, encoder_hidden_states=encoded, use_cache=False)
+        hidden = model.model.decoder(input_ids=inputs, encoder_hidden_states=encoded, use_cache=False).last_hidden_state
     for i, ids in enumerate(token_ids):
-        weights = []
+        row, weights = slice(first, first + len(ids)), []
         for layer, queries, keys in zip(layers, outputs[::2], outputs[1::2], strict=True):
-            query = queries[i, first : first + len(ids)].float() * layer.scaling
+            query = queries[i, row].float() * layer.scaling
             query, key = (states.unflatten(-1, (layer.num_heads, -1)) for states in (query, keys[i].float()))
             weights.append((query.transpose(0, 1) @ key.permute(1, 2, 0)).softmax(-1))
-        yield torch.cat(weights)
+        logits = model.proj_out(hidden[i, row]).float()
+        logits += recognizer.token_mask[[0] + [1] * (len(ids) - 1)]
+        chosen = torch.tensor(ids, device=model.device)[:, None]
+        logprobs = logits.log_softmax(-1).gather(1, chosen)[:, 0].cpu()
+        if logprobs.isnan().any():
+            raise common.nan_error(model)
+        yield torch.cat(weights), logprobs
 
 
 def set_times(chunk: Chunk, tokenizer, weights: torch.Tensor) -> None:
-    """Set the times of the characters of a chunk whose text is set; weights are as cross_attention yields them.
+    """Set the times of the characters of a chunk whose text is set; weights are as force_texts yields them.
 
-    Tokens that are spoken are aligned with the loud frames, so that no character falls into a pause. Where align finds
-    nothing to believe, the characters are spread evenly over the loud frames.
+    Characters that are spoken are aligned with the loud frames, so that none falls into a pause. Where align finds
+    nothing to believe, they are spread evenly over the loud frames.
     """
     text = tokenizer.decode(chunk.token_ids, skip_special_tokens=True)
     n_stripped = len(text) - len(re.sub(common.CONTROL, " ", text).lstrip())
     runs = token_runs(tokenizer, chunk.token_ids, text)
     chunk.token_starts = {characters[0] - n_stripped for _, characters in runs}
-    words = spoken_words(runs, text)
-    tokens = [i for of_word, _ in words for i in of_word]
+    units = spoken_units(runs, text)
     frames = chunk.loud_frames[chunk.loud_frames < weights.shape[-1]]
-    if len(tokens) > FASTEST * FRAME_S * len(frames):  # a bang, next to which the speech looks quiet: use all frames
+    if len(units) > FASTEST * FRAME_S * len(frames):  # a bang, next to which the speech looks quiet: use all frames
         frames = np.arange(min(weights.shape[-1], math.ceil((chunk.end - chunk.start) / FRAME_S)))
-    token_of_frame = align(weights[:, [*tokens, len(chunk.token_ids) - 1]], frames) if tokens else None
-    chunk.aligned, times, n_done = token_of_frame is not None, spread(frames, len(text)), 0
-    for of_word, end in words if chunk.aligned else []:
-        of_frames = frames[np.isin(token_of_frame, np.searchsorted(tokens, of_word))]
-        times[n_done:end] = spread(of_frames, end - n_done)
-        n_done = end
+    # A character of several tokens is spoken in one place. The last row is the end of the text.
+    looks = [*(weights[:, tokens].mean(1) for tokens, _ in units if tokens), weights[:, -1]]
+    unit_of_frame = align(torch.stack(looks, 1), frames) if len(looks) > 1 else None
+    chunk.aligned, times, n_done = unit_of_frame is not None, spread(frames, len(text)), 0
+    for i, (_, stop) in enumerate(units if chunk.aligned else []):
+        times[n_done:stop] = spread(frames[unit_of_frame == i], stop - n_done)
+        n_done = stop
+    if chunk.aligned:
+        chunk.silent_frames = frames[unit_of_frame == len(units)]
     chunk.times = chunk.start + times[n_stripped : n_stripped + len(chunk.text)]
 
 
@@ -601,52 +692,53 @@ def token_runs(tokenizer, ids: list[int], text: str) -> list[tuple[range, range]
     return runs
 
 
-def spoken_words(runs: list[tuple[range, range]], text: str) -> list[tuple[list[int], int]]:
+def spoken_units(runs: list[tuple[range, range]], text: str) -> list[tuple[list[int], int]]:
     """The runs of token_runs that are spoken: (indices of tokens, index of the character after them).
 
-    Punctuation and spaces are not spoken: they go with the tokens before them, opening brackets with those after.
+    Punctuation and spaces are not spoken: they go with the tokens before them, opening brackets with those after. A
+    text of which nothing is spoken is one unit without tokens.
     """
-    words = []
+    units = []
     for tokens, characters in runs:
         spoken = re.search(r"\w", text[characters[0] : characters.stop])
-        if words and not spoken and text[characters[0]] not in NOT_LAST + " ":
-            words[-1] = words[-1][0], characters.stop
-        elif words and not words[-1][0]:
-            words[-1] = list(tokens) if spoken else [], characters.stop
+        if units and not spoken and text[characters[0]] not in NOT_LAST + " ":
+            units[-1] = units[-1][0], characters.stop
+        elif units and not units[-1][0]:
+            units[-1] = list(tokens) if spoken else [], characters.stop
         else:
-            words.append((list(tokens) if spoken else [], characters.stop))
-    if len(words) > 1 and not words[-1][0]:
-        words[-2:] = [(words[-2][0], words[-1][1])]
-    return words
+            units.append((list(tokens) if spoken else [], characters.stop))
+    if len(units) > 1 and not units[-1][0]:
+        units[-2:] = [(units[-2][0], units[-1][1])]
+    return units
 
 
 def align(weights: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
-    """Which token each of the frames belongs to, (n_frames,) int64, by dynamic time warping.
+    """Which unit each of the frames belongs to, (n_frames,) int64, by dynamic time warping.
 
-    weights are (n_heads, n_tokens, n_positions), and only the heads that look most sharply count: those with the
-    largest L2 norms of rows and columns (arXiv 2509.09987). Every token gets at least one frame. The last token is the
-    end of the text: it gets what sounds before and after the speech. None where the result is not to be believed,
-    because a token takes longer than LONGEST_TOKEN_S or most tokens take a single frame.
+    weights are (n_heads, n_units, n_positions), and only the heads that look most sharply count: those with the
+    largest L2 norms of rows and columns (arXiv 2509.09987). Every unit gets at least one frame. The last one is the end
+    of the text: it gets what sounds before and after the speech. None where the result is not to be believed, because a
+    unit takes longer than LONGEST_UNIT_S or most units take a single frame.
     """
-    n_heads, n_tokens, _ = weights.shape
-    if n_tokens > len(frames):
+    n_heads, n_units, _ = weights.shape
+    if n_units > len(frames):
         return None
     weights = weights[:, :, frames]
     sharpness = weights.norm(dim=1).sum(-1) + weights.norm(dim=2).sum(-1)
     weights = weights[sharpness.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
     matrix = torch.nn.functional.normalize(weights, dim=1).mean(0).cpu().numpy()
     _, steps = common.import_librosa().sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))
-    tokens = steps[::-1, 0].copy()
-    looks = weights.mean(0).cpu().numpy()
+    units = steps[::-1, 0].copy()
+    looks, end = weights.mean(0).cpu().numpy(), n_units - 1
     for i in np.flatnonzero(np.diff(frames) * FRAME_S >= SHORT_PAUSE_S):
-        own = np.flatnonzero(tokens == (token := tokens[i]))
-        if own[-1] > i and token < n_tokens - 1:  # no token goes on after a pause: it is on the side that it looks at
-            if own[looks[token, own].argmax()] <= i:
-                tokens[own[own > i]] += 1
-            else:
-                tokens[own[own <= i]] = (token - 1) % n_tokens  # what sounds before the first goes with the end
-    counts = np.bincount(tokens, minlength=n_tokens)[:-1]
-    return None if counts.max() * FRAME_S > LONGEST_TOKEN_S or np.mean(counts == 1) > 0.5 else tokens
+        own = np.flatnonzero(units == (unit := units[i]))
+        if own[-1] > i and unit < end:  # none goes on after a pause: it is on the side that it looks at
+            if own[looks[unit, own].argmax()] <= i:
+                units[own[own > i]] += 1
+            else:  # what sounds before the first one goes with the end
+                units[own[own <= i]] = unit - 1 if unit > 0 else end
+    counts = np.bincount(units, minlength=n_units)[:end]
+    return None if counts.max() * FRAME_S > LONGEST_UNIT_S or np.mean(counts == 1) > 0.5 else units
 
 
 def spread(frames: np.ndarray, n: int) -> np.ndarray:
@@ -673,23 +765,24 @@ class Cue:
 
 def cues_of(recording: Recording) -> list[Cue]:
     """The cues of a recording, together all of its text."""
-    cues = []
-    for chunk in recording.chunks:
-        if chunk.left_out:
-            continue
+    pieces = []  # of texts: chunk, first character, the one behind the last, break qualities
+    for chunk in (chunk for chunk in recording.chunks if not chunk.left_out):
         qualities = break_qualities(chunk.text, chunk.token_starts)
         for sentence in sentences(chunk.text):
-            for first, end in split_sentence(chunk, *sentence, qualities):
-                text, (starts, ends) = chunk.text[first:end], chunk.times.T
-                lines = break_lines(text, qualities[first:end])
-                edges = [first, *(i for i in range(first + 1, end) if qualities[i] > 1), end]
-                words = [(chunk.text[i:j], starts[i], ends[j - 1]) for i, j in itertools.pairwise(edges)]
-                cues.append(Cue(starts[first], ends[end - 1], text, lines, words, chunk))
-    for cue, limit in zip(cues, [*(cue.start for cue in cues[1:]), recording.duration], strict=False):
-        cue.end = max(cue.end + DEVOICED_END_S, cue.start + SHORTEST_CUE_S)
-        cue.end = min(cue.end, cue.start + LONGEST_CUE_S, limit)
-        cue.words = [(word, min(start, cue.end), min(end, cue.end)) for word, start, end in cue.words]
-    return cues
+            pieces += [(chunk, *piece, qualities) for piece in split_sentence(chunk, *sentence, qualities)]
+    next_starts = [*(chunk.times[first, 0] for chunk, first, *_ in pieces[1:]), recording.duration]
+    return [make_cue(*piece, next_start) for piece, next_start in zip(pieces, next_starts, strict=False)]
+
+
+def make_cue(chunk: Chunk, first: int, stop: int, qualities: list[int], next_start: float) -> Cue:
+    """The cue of a chunk's text from first to before stop, which ends before the next one starts."""
+    starts, ends = chunk.times.T
+    end = max(ends[stop - 1] + DEVOICED_END_S, starts[first] + SHORTEST_CUE_S)
+    end = min(end, starts[first] + LONGEST_CUE_S, next_start)
+    edges = [first, *(i for i in range(first + 1, stop) if qualities[i] > 1), stop]
+    words = [(chunk.text[i:j], min(starts[i], end), min(ends[j - 1], end)) for i, j in itertools.pairwise(edges)]
+    text = chunk.text[first:stop]
+    return Cue(starts[first], end, text, break_lines(text, qualities[first:stop]), words, chunk)
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
@@ -720,26 +813,27 @@ def break_qualities(text: str, token_starts: set[int]) -> list[int]:
     return qualities
 
 
-def split_sentence(chunk: Chunk, first: int, end: int, qualities: list[int]) -> list[tuple[int, int]]:
-    """Cut a chunk's text from first to end into parts that fit a cue: CUE_LINES of LINE_CELLS, and LONGEST_CUE_S.
+def split_sentence(chunk: Chunk, first: int, stop: int, qualities: list[int]) -> list[tuple[int, int]]:
+    """Cut a chunk's text from first to before stop into pieces that fit a cue: CUE_LINES of LINE_CELLS, LONGEST_CUE_S.
 
     Cuts are made at long pauses first, then near the middle: best at a pause, after a comma, a phrase or a token.
     """
     starts, ends = chunk.times.T
-    places = [i for i in range(first + 1, end) if chunk.text[first:i].strip() and chunk.text[i:end].strip()]
+    places = [i for i in range(first + 1, stop) if chunk.text[first:i].strip() and chunk.text[i:stop].strip()]
     pauses = {i: starts[i] - ends[i - 1] for i in places}
     long = [i for i in places if pauses[i] >= LONG_PAUSE_S and qualities[i] > 1]
-    fits = ends[end - 1] - starts[first] <= LONGEST_CUE_S
-    fits = fits and len(break_lines(chunk.text[first:end], qualities[first:end])) <= CUE_LINES
+    fits = ends[stop - 1] - starts[first] <= LONGEST_CUE_S
+    fits = fits and len(break_lines(chunk.text[first:stop], qualities[first:stop])) <= CUE_LINES
     if not places or (fits and not long):
-        return [(first, end)]
+        return [(first, stop)]
 
     def goodness(i: int) -> float:
-        """How good it is to cut before a character: the place, the pause there, and how far it is from the middle."""
-        return (qualities[i] or -100) + 3 * min(pauses[i], 1) - 6 * ((2 * i - first - end) / (end - first)) ** 2
+        """How good it is to cut before a character: its quality, up to 3 for a pause of 1 s or more, and down to -6 at
+        the ends of the text."""
+        return (qualities[i] or -100) + 3 * min(pauses[i], 1) - 6 * ((2 * i - first - stop) / (stop - first)) ** 2
 
     cut = max(long or places, key=goodness)
-    return [*split_sentence(chunk, first, cut, qualities), *split_sentence(chunk, cut, end, qualities)]
+    return [*split_sentence(chunk, first, cut, qualities), *split_sentence(chunk, cut, stop, qualities)]
 
 
 def break_lines(text: str, qualities: list[int]) -> list[str]:
@@ -793,14 +887,12 @@ def write_whole(path: str, content: str) -> None:
 def render(recording: Recording, extension: str, language: str) -> str:
     """The content of an output file, in the format of openai/whisper's writers; language is that of the text.
 
-    txt has a line for each sentence, and needs no times; "line" is the path, a tab and the whole text.
+    "line" is the path, a tab and the whole text.
     """
     if extension == "line":
         return f"{common.one_line(recording.path)}\t{full_text(recording, language)}\n"
     if extension == "txt":
-        chunks = (chunk for chunk in recording.chunks if not chunk.left_out)
-        texts = (chunk.text[first:end] for chunk in chunks for first, end in sentences(chunk.text))
-        return "".join(f"{text.strip()}\n" for text in texts)
+        return "".join(map(plain_text, recording.chunks))
     cues = cues_of(recording)
     if extension == "tsv":
         rows = ((f"{round(1000 * c.start)}\t{round(1000 * c.end)}", c.text.strip().replace("\t", " ")) for c in cues)
@@ -815,6 +907,12 @@ def render(recording: Recording, extension: str, language: str) -> str:
         shown = shown.replace("-->", "->") if srt else html.escape(shown, quote=False)
         content += (f"{i}\n" if srt else "") + f"{times}\n{shown}\n\n"
     return content
+
+
+def plain_text(chunk: Chunk) -> str:
+    """A line for each sentence of a chunk, none where it is left out."""
+    pieces = [] if chunk.left_out else sentences(chunk.text)
+    return "".join(f"{chunk.text[first:stop].strip()}\n" for first, stop in pieces)
 
 
 def timestamp(seconds: float, decimal_mark: str, hours_always: bool) -> str:
@@ -838,13 +936,14 @@ def json_content(recording: Recording, cues: list[Cue], language: str) -> dict:
             "id": i, "start": cue.start, "end": cue.end, "text": cue.text,
             "words": [{"word": word, "start": start, "end": end} for word, start, end in cue.words],
             "times": "aligned" if cue.chunk.aligned else "proportional",
-            "no_speech_prob": cue.chunk.no_speech_prob, "compression_ratio": cue.chunk.compression_ratio,
-            "token_limit": cue.chunk.token_limit, "looping": cue.chunk.looping,
+            "avg_logprob": cue.chunk.avg_logprob, "no_speech_prob": cue.chunk.no_speech_prob,
+            "compression_ratio": cue.chunk.compression_ratio, "token_limit": cue.chunk.token_limit,
+            "looping": cue.chunk.looping,
         }
         for i, cue in enumerate(cues)
     ]  # fmt: skip
     left_out = [
-        {"start": chunk.start, "end": chunk.end, "text": chunk.text, "no_speech_prob": chunk.no_speech_prob}
+        {name: getattr(chunk, name) for name in ("start", "end", "text", "avg_logprob", "no_speech_prob")}
         for chunk in recording.chunks if chunk.left_out
     ]  # fmt: skip
     content = {

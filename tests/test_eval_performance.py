@@ -21,7 +21,7 @@ def table(text: str) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def report() -> dict:
     """The JSON of a run on both devices."""
-    options = [*QUICK, "--batch-sizes", "3", "--durations", "1,32.5", "--times", "--json"]
+    options = [*QUICK, "--batch-sizes", "3", "--durations", "1,32.5", "--json"]
     result = run("eval_performance.py", *options, environment=FAKE)
     said = r"(eval_performance\.py: .+ on (cpu|npu:0): the first of 6 runs took [\d.]+ s\n){8}"
     assert result.returncode == 0 and re.fullmatch(said, result.stderr), result.stderr

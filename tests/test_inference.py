@@ -382,3 +382,23 @@ def test_a_long_run_without_a_terminal_says_something_every_minute(audio, infer,
     error, *lines, _ = err.splitlines()
     assert status == 1 and "absent.wav" in error and len(lines) == 6  # a chunk or a recording each
     assert re.fullmatch(r"inference\.py: \d+ s of audio done, 2 of 3 recordings, [\d.e+]+ times real time", lines[-1])
+
+
+def test_the_text_of_one_recording_is_written_as_it_is_heard(tmp_path, infer, monkeypatch):
+    """What was decoded before the run ends is on stdout; the whole is what a file has."""
+    text = "、、".join(["こんにちは", "さようなら", "またあした"] * 4)
+    path = write(tmp_path / "a.wav", synthesize(text, pause_s=0.8))
+    status, whole, _ = infer("--audio", path, "--batch-size", "1", "--chunk-length", "5")
+    assert status == 0 and infer("--audio", path, "-o", tmp_path, "--chunk-length", "5")[0] == 0
+    assert whole == (tmp_path / "a.txt").read_text() and whole.count("\n") >= 3
+    generate, written = common.generate, []
+
+    def lost_at_the_third(*arguments):
+        if len(written) == 2:
+            raise common.DeviceError("npu:0 failed")
+        written.append(None)
+        return generate(*arguments)
+
+    monkeypatch.setattr(common, "generate", lost_at_the_third)
+    status, out, err = infer("--audio", path, "--batch-size", "1", "--chunk-length", "5")
+    assert status == 2 and whole.startswith(out) and out.count("\n") == 2 and "npu:0 failed" in err
