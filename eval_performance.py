@@ -14,12 +14,14 @@ their times cannot be compared; 2 nothing could be measured; 130 interrupted.
 """
 import argparse
 import contextlib
+import os
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # Python leaves that out with -P and -I
 import common  # before torch: it sets how that is imported
 import numpy as np
 import soundfile
