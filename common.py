@@ -350,8 +350,8 @@ def prompt_of(generation, tokenizer, language: str, task: str) -> list[int]:
     """
     languages = getattr(generation, "lang_to_id", None) or {}
     if not languages and getattr(generation, "is_multilingual", True):
-        raise SetupError("the model's generation_config.json is from before 2023 and does not list its languages: put "
-                         "that of the openai/whisper model it was trained from in its place")  # fmt: skip
+        raise SetupError("the model's generation_config.json is an old one, without the ids of its languages: put that "
+                         "of the openai/whisper model from which it was trained in its place")  # fmt: skip
     if f"<|{language}|>" not in languages:
         known = " ".join(sorted(token.strip("<|>") for token in languages)) or "none (it is not multilingual)"
         raise SetupError(f"--language {language}: not a language of this model, which knows {known}")
