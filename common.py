@@ -445,7 +445,7 @@ def load_model(
             raise SetupError(f"--model {name}: its LoRA adapter ({adapter[0]}) would not be applied: {remedy}")
         generation = transformers.GenerationConfig.from_pretrained(folder)
         extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder)
-        # transformers 5 saves a list under this name, which transformers 4 does not load; tokenizer.json has it too.
+        # transformers 5 saves a list under this name, which transformers 4 does not load; its tokens are in tokenizer.json too.
         tokenizer = transformers.WhisperTokenizerFast.from_pretrained(folder, extra_special_tokens={})
         prompt = torch.tensor(prompt_of(generation, tokenizer, language, task))
         model = load_weights(folder, dtype, "cpu_attention" if needs_cpu_attention(device, dtype) else "sdpa")

@@ -335,8 +335,8 @@ def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Recording], l
 def search_folder(top: str) -> tuple[list[str], list[Recording], list[str]]:
     """The audio files in a folder and in all below it, also through links; an error where there are none or a folder
     cannot be read; and lines that say what is passed over, such as HIDDEN folders."""
-    paths, failed, notes, files, hidden, searched = [], [], [], Counter(), Counter(), {}
-    for folder in (folders := [top]):  # os.walk fails at a depth of a thousand folders, before Python 3.12
+    paths, failed, notes, files, hidden, searched, folders = [], [], [], Counter(), Counter(), {}, [top]
+    for folder in folders:  # which grows; before Python 3.12, os.walk fails at a depth of a thousand folders
         try:
             status = os.stat(folder)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
