@@ -445,8 +445,10 @@ def load_model(
             raise SetupError(f"--model {name}: its LoRA adapter ({adapter[0]}) would not be applied: {remedy}")
         generation = transformers.GenerationConfig.from_pretrained(folder)
         extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder)
-        # transformers 5 saves a list under this name, which transformers 4 does not load; its tokens are in tokenizer.json too.
-        tokenizer = transformers.WhisperTokenizerFast.from_pretrained(folder, extra_special_tokens={})
+        try:  # transformers 5 saves a list under this name, which transformers 4 does not load and does not need
+            tokenizer = transformers.WhisperTokenizerFast.from_pretrained(folder, extra_special_tokens={})
+        except Exception as error:  # transformers gives a false reason: it asks for the library protobuf
+            raise ValueError("its tokenizer.json or tokenizer_config.json is missing or broken") from error
         prompt = torch.tensor(prompt_of(generation, tokenizer, language, task))
         model = load_weights(folder, dtype, "cpu_attention" if needs_cpu_attention(device, dtype) else "sdpa")
         config = model.config

@@ -13,6 +13,7 @@ from conftest import MODEL, run, write
 from tone_speech import random_text, synthesize
 
 GENERATION, LAYERS = "generation_config.json", "weights are missing, too many or of another shape"
+TOKENIZER = "its tokenizer.json or tokenizer_config.json is missing or broken"
 TEXTS = ["こんにちは", "さようなら", "なにぬねの", "あ"]
 
 
@@ -170,12 +171,19 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def without_tokenizer(folder: Path) -> None:
+    """A model folder as training leaves it: the weights and their settings."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").unlink()
+
+
 @pytest.mark.parametrize("damage, words", [
     (cut("model.safetensors", 1000), "cannot load"), (cut("config.json", 50), "cannot load"), (pickled, "safetensors"),
     (changed("config.json", encoder_layers=3), LAYERS), (changed("config.json", encoder_layers=1), LAYERS),
     (changed(GENERATION, task_to_id=None), "task_to_id"), (changed(GENERATION, suppress_tokens=[5, 99_999]), "99999"),
     (changed(GENERATION, lang_to_id={"<|ja|>": 7}), "its generation_config.json and its tokenizer"),
-    (changed("preprocessor_config.json", feature_size=80), "mel bins"),
+    (changed("preprocessor_config.json", feature_size=80), "mel bins"), (without_tokenizer, TOKENIZER),
+    (cut("tokenizer.json", 1000), TOKENIZER), (changed("tokenizer_config.json", bos_token=[]), TOKENIZER),
 ])  # fmt: skip
 def test_a_broken_model_folder_is_one_line(tmp_path, damage, words):
     folder = variant(tmp_path / "model", damage)
