@@ -336,10 +336,11 @@ def search_folder(top: str) -> tuple[list[str], list[Recording], list[str]]:
     """The audio files in a folder and in all below it, also through links; an error where there are none or a folder
     cannot be read; and lines that say what is passed over, such as HIDDEN folders."""
     paths, failed, notes, files, hidden, searched, folders = [], [], [], Counter(), Counter(), {}, [top]
-    for folder in folders:  # which grows; before Python 3.12, os.walk fails at a depth of a thousand folders
+    while folders:  # before Python 3.12, os.walk fails at a depth of a thousand folders
+        folder = folders.pop()
         try:
             status = os.stat(folder)
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             failed.append(Recording(folder, error=error.strerror))
             continue
