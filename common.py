@@ -335,6 +335,9 @@ def prompt_of(generation, tokenizer, language: str, task: str) -> list[int]:
     Raises SetupError where the model does not know the language, and ValueError where its tokenizer is another model's.
     """
     languages = getattr(generation, "lang_to_id", None) or {}
+    if not languages and getattr(generation, "is_multilingual", True):
+        raise SetupError("the model's generation_config.json is an old one, without the ids of its languages: put that "
+                         "of the openai/whisper model from which it was trained in its place")  # fmt: skip
     if f"<|{language}|>" not in languages:
         known = " ".join(sorted(token.strip("<|>") for token in languages)) or "none (it is not multilingual)"
         raise SetupError(f"--language {language}: not a language of this model, which knows {known}")
@@ -350,6 +353,7 @@ def load_weights(folder: str, dtype: torch.dtype, attention: str) -> torch.nn.Mo
     """The model of a folder, from safetensors and without remote code. Raises ValueError where weights are missing."""
     import transformers
 
+    transformers.logging.disable_progress_bar()  # that of weights in several files, which a log would keep
     transformers.AttentionInterface.register("cpu_attention", cpu_attention)
     transformers.AttentionMaskInterface.register("cpu_attention", transformers.masking_utils.sdpa_mask)
     model, report = transformers.WhisperForConditionalGeneration.from_pretrained(
@@ -373,11 +377,18 @@ def load_model(
     transformers.logging.set_verbosity_error()  # what it warns of is checked here, and said in one line
     folder = name if os.path.isdir(name) else download_model(name)
     try:
+        if adapter := [file for file in os.listdir(folder) if file.startswith("adapter_")]:
+            remedy = "merge it into the model first (merge_and_unload of peft), and name the folder of the result"
+            raise SetupError(f"--model {name}: its LoRA adapter ({adapter[0]}) would not be applied: {remedy}")
         generation = transformers.GenerationConfig.from_pretrained(folder)
-        processor = transformers.WhisperProcessor.from_pretrained(folder)
-        prompt = torch.tensor(prompt_of(generation, processor.tokenizer, language, task))
+        extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder)
+        try:  # transformers 5 saves a list under this name, which transformers 4 does not load and does not need
+            tokenizer = transformers.WhisperTokenizerFast.from_pretrained(folder, extra_special_tokens={})
+        except Exception as error:  # transformers gives a false reason: it asks for the library protobuf
+            raise ValueError("its tokenizer.json or tokenizer_config.json is missing or broken") from error
+        prompt = torch.tensor(prompt_of(generation, tokenizer, language, task))
         model = load_weights(folder, dtype, "cpu_attention" if needs_cpu_attention(device, dtype) else "sdpa")
-        config, extractor = model.config, processor.feature_extractor
+        config = model.config
         found = extractor.feature_size, extractor.n_samples, extractor.nb_max_frames, config.max_target_positions
         needed = config.num_mel_bins, WINDOW_S * SAMPLING_RATE, 2 * config.max_source_positions, N_POSITIONS
         if found != needed:
@@ -395,7 +406,7 @@ def load_model(
         model = model.to(device)
         if device.type == "cpu" and dtype == torch.bfloat16:
             pack_linears(model)
-        return Recognizer(model, extractor, processor.tokenizer, prompt.to(device), token_mask.to(device))
+        return Recognizer(model, extractor, tokenizer, prompt.to(device), token_mask.to(device))
 
 
 # --- Audio: path -> waveform -> chunks ---

@@ -14,6 +14,7 @@ Exit status: 0 measured; 1 the devices decoded unequal numbers of tokens, so tha
 their times cannot be compared; 2 nothing could be measured; 130 interrupted.
 """
 import argparse
+import os
 import resource
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # Python leaves that out with -P and -I
 import common  # before torch: it sets how that is imported
 import numpy as np
 import soundfile

@@ -13,11 +13,13 @@ interrupted; 141 the reader of stdout has gone.
 """
 import argparse
 import contextlib
+import errno
 import html
 import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import secrets
 import sys
@@ -30,19 +32,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # Python leaves that out with -P and -I
 import common  # before torch: it sets how that is imported
 import numpy as np
 import soundfile
 import torch
 from tqdm import tqdm
 
-AUDIO_EXTENSIONS = (
-    ".3g2", ".3ga", ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".asf", ".au", ".avi", ".awb",
-    ".caf", ".dss", ".dts", ".eac3", ".f4v", ".flac", ".flv", ".m2t", ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv",
-    ".mov", ".mp2", ".mp3", ".mp4", ".mpc", ".mpeg", ".mpg", ".mpga", ".mts", ".mxf", ".oga", ".ogg", ".ogv", ".opus",
-    ".qt", ".ra", ".rf64", ".rm", ".snd", ".spx", ".ts", ".tta", ".vob", ".voc", ".w64", ".wav", ".wave", ".weba",
-    ".webm", ".wma", ".wmv", ".wv",
+AUDIO_EXTENSIONS = (  # of what libsndfile or ffmpeg reads without being told its sampling rate
+    ".3g2", ".3ga", ".3gp", ".3gp2", ".3gpp", ".3gpp2", ".722", ".8svx", ".aa3", ".aac", ".ac3", ".adts", ".adx",
+    ".aif", ".aifc", ".aiff", ".amr", ".ape", ".asf", ".au", ".avi", ".avr", ".awb", ".bwf", ".caf", ".caff", ".dff",
+    ".divx", ".dsf", ".dss", ".dts", ".dtshd", ".dv", ".eac3", ".ec3", ".f4v", ".flac", ".flv", ".g722", ".g723_1",
+    ".g729", ".gsm", ".ircam", ".isma", ".ismv", ".latm", ".loas", ".m1a", ".m2a", ".m2p", ".m2t", ".m2ts", ".m4a",
+    ".m4b", ".m4r", ".m4v", ".mk3d", ".mka", ".mkv", ".mlp", ".mov", ".mp2", ".mp3", ".mp4", ".mpa", ".mpc", ".mpeg",
+    ".mpg", ".mpga", ".msbc", ".mts", ".mxf", ".nist", ".nut", ".oga", ".ogg", ".ogm", ".ogv", ".ogx", ".oma", ".omg",
+    ".opus", ".paf", ".pvf", ".qcp", ".qt", ".ra", ".rf64", ".rm", ".rmvb", ".sbc", ".sds", ".shn", ".sln", ".snd",
+    ".sph", ".spx", ".svx", ".tak", ".thd", ".trp", ".ts", ".tta", ".vob", ".voc", ".vqf", ".w64", ".wav", ".wave",
+    ".weba", ".webm", ".wma", ".wmv", ".wtv", ".wv", ".wve", ".xwma",
 )  # fmt: skip
+# Folders for what programs keep and for what was thrown away, on Linux, macOS, Windows and network drives
+HIDDEN = r"[.$].*|[#@]recycle|recycle[dr]|#snapshot|@eaDir|lost[+]found|System Volume Information"
 FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
@@ -186,12 +195,15 @@ def run(args: argparse.Namespace) -> int:
     for option, given in (("--skip-existing", args.skip_existing), ("more than one process", world_size > 1)):
         if given and args.output_dir is None:
             raise common.SetupError(f"{option} needs --output-dir")
-    inputs, failed = find_audio(args.audio)
+    inputs, failed, notes = find_audio(args.audio)
     several = len(inputs) + len(failed) > 1
-    outputs, unwritable = plan_outputs(inputs, args, several)
+    outputs = plan_outputs(inputs, args, several)
     totals = Counter()
-    for recording in [*failed, *unwritable] if rank == 0 else []:
-        count(recording, totals)
+    if rank == 0:
+        for note in notes:
+            common.notice(note)
+        for recording in failed:
+            count(recording, totals)
     # The longest first, so that all processes have about the same to do.
     mine = sorted(outputs, key=os.path.getsize, reverse=True)[rank::world_size] if world_size > 1 else list(outputs)
     paths = [path for path in mine if not (args.skip_existing and all(map(os.path.isfile, outputs[path])))]
@@ -306,34 +318,59 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
 # --- Inputs and outputs ---
 
 
-def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Recording]]:
-    """The files to transcribe, each with its path below the folder given, and those that cannot be.
-
-    A folder is searched recursively, links to folders too. A file that is named twice, or a link to it, counts once.
-    """
-    found, failed = {}, []  # found: real path to path and relative path
+def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Recording], list[str]]:
+    """The files to transcribe, each with its path below the folder given; those that cannot be; and lines that say what
+    is passed over. A file that is named twice, or a link to it, counts once."""
+    found, failed, notes = {}, [], []  # found: real path to path and relative path
     for argument in arguments:
-        here, searched, unreadable = {argument: os.path.basename(argument)}, set(), []
+        here = {argument: os.path.basename(argument)}
         if os.path.isdir(argument):
-            here = {}
-            for folder, folders, names in os.walk(argument, onerror=unreadable.append, followlinks=True):
-                folders.sort()
-                if (real := os.path.realpath(folder)) in searched:  # a link to where the search has been
-                    folders.clear()
-                    continue
-                searched.add(real)
-                paths = (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
-                here |= {p: os.path.relpath(p, argument) for p in paths if p.lower().endswith(AUDIO_EXTENSIONS)}
-            failed += [Recording(error.filename, error=error.strerror) for error in unreadable]
-            if not here and not unreadable:
-                failed.append(Recording(argument, error=f"no audio in this folder ({' '.join(AUDIO_EXTENSIONS)})"))
+            paths, unreadable, passed_over = search_folder(argument)
+            here = {path: os.path.relpath(path, argument) for path in paths}
+            failed, notes = failed + unreadable, notes + passed_over
         for path, relative in here.items():
             try:
                 common.check_file(path)
-                found.setdefault(os.path.realpath(path), (path, relative))
+                first, _ = found.setdefault(os.path.realpath(path), (path, relative))
+                if os.path.abspath(path) != os.path.abspath(first):
+                    notes.append(f"{path} is the same file as {first}, which alone is transcribed")
             except common.AudioError as error:
                 failed.append(Recording(path, error=str(error)))
-    return dict(found.values()), failed
+    return dict(found.values()), failed, notes
+
+
+def search_folder(top: str) -> tuple[list[str], list[Recording], list[str]]:
+    """The audio files in a folder and in all below it, also through links; an error where there are none or a folder
+    cannot be read; and lines that say what is passed over, such as HIDDEN folders."""
+    paths, failed, notes, files, hidden, searched, folders = [], [], [], Counter(), Counter(), {}, [top]
+    while folders:  # before Python 3.12, os.walk fails at a depth of a thousand folders
+        folder = folders.pop()
+        try:
+            status = os.stat(folder)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            failed.append(Recording(folder, error=error.strerror))
+            continue
+        if (first := searched.setdefault((status.st_dev, status.st_ino), folder)) != folder:
+            notes.append(f"{folder} is the same folder as {first}, which alone is searched")
+            continue
+        for name, path, is_folder in ((e.name, e.path, e.is_dir(follow_symlinks=False)) for e in entries):
+            if is_folder or os.path.isdir(path):
+                if re.fullmatch(HIDDEN, name, re.IGNORECASE):
+                    hidden[name] += 1
+                else:
+                    folders.append(path)
+            elif name[0] != "." and name.lower().endswith(AUDIO_EXTENSIONS):
+                paths.append(path)
+            else:
+                files[".*" if name[0] == "." else os.path.splitext(name)[1].lower() or name] += 1
+    for what, names in (("files not looked at", files), ("folders not searched", hidden)):
+        if names:
+            notes.append(f"{top}: {what}: {names.total()} ({' '.join(name for name, _ in names.most_common(9))})")
+    if not paths and not failed:
+        remedy = "name the files themselves, which are then read whatever their names"
+        failed.append(Recording(top, error=f"no audio in this folder, going by the names: {remedy}"))
+    return sorted(paths), failed, notes
 
 
 def output_names(inputs: dict[str, str]) -> dict[str, str]:
@@ -349,37 +386,33 @@ def output_names(inputs: dict[str, str]) -> dict[str, str]:
     return {path: choices[0] for path, choices in names.items()}
 
 
-def plan_outputs(
-    inputs: dict[str, str], args: argparse.Namespace, several: bool
-) -> tuple[dict[str, list[str]], list[Recording]]:
-    """The paths of each input's output files, none where the text goes to stdout; and the inputs that cannot have any.
+def plan_outputs(inputs: dict[str, str], args: argparse.Namespace, several: bool) -> dict[str, list[str]]:
+    """The paths of each input's output files, none where the text goes to stdout. Makes the folder that they are for.
 
-    Makes the folder that they are for. Raises SetupError where it cannot, or where an output is one of the inputs.
+    Raises SetupError where it cannot, or where an output is one of the inputs.
     """
     if args.output_dir is None:
         if args.output_format == "all" or (several and args.output_format not in ("txt", "json")):
             raise common.SetupError(f"--output-format {args.output_format} needs --output-dir")
-        return {path: [] for path in inputs}, []
+        return {path: [] for path in inputs}
+    extension = os.path.splitext(args.output_dir)[1].lower()
+    if extension[1:] in FORMATS and not os.path.isdir(args.output_dir):
+        remedy = f"write -o {os.path.dirname(args.output_dir) or '.'} -f {extension[1:]}; the recording gives the name"
+        raise common.SetupError(f"--output-dir {args.output_dir}: this is to be a folder, not a file: {remedy}")
     try:
         os.makedirs(args.output_dir, exist_ok=True)
     except OSError as error:
         raise common.SetupError(f"--output-dir {args.output_dir}: {error.strerror}") from error
     if not os.access(args.output_dir, os.W_OK | os.X_OK):
         raise common.SetupError(f"--output-dir {args.output_dir}: no permission to write in this folder")
-    owners, outputs, failed = {os.path.realpath(path): path for path in inputs}, {}, []
+    extensions = FORMATS if args.output_format == "all" else [args.output_format]
+    owners, outputs = {os.path.realpath(path): path for path in inputs}, {}
     for path, name in output_names(inputs).items():
-        extensions = FORMATS if args.output_format == "all" else [args.output_format]
-        files = [os.path.join(args.output_dir, f"{name}.{extension}") for extension in extensions]
-        try:
-            for output in files:
-                if owner := owners.get(os.path.realpath(output)):
-                    raise common.SetupError(f"--output-dir: {output} would overwrite {owner}: name another place")
-                with contextlib.suppress(FileNotFoundError):
-                    os.lstat(output)
-            outputs[path] = files
-        except OSError as error:  # the name is too long with its extension, or a folder of it is a file
-            failed.append(Recording(path, error=f"cannot write {output}: {error.strerror}"))
-    return outputs, failed
+        outputs[path] = [os.path.join(args.output_dir, f"{name}.{extension}") for extension in extensions]
+        for output in outputs[path]:
+            if owner := owners.get(os.path.realpath(output)):
+                raise common.SetupError(f"--output-dir: {output} would overwrite {owner}: name another place")
+    return outputs
 
 
 # --- Recognition: recordings -> chunks -> batches -> texts ---
@@ -871,7 +904,10 @@ def deliver(recording: Recording, outputs: list[str], stdout_format: str, langua
 def write_whole(path: str, content: str) -> None:
     """Write a UTF-8 file so that it is there whole or not at all, however the program ends. Raises OSError."""
     path = os.path.realpath(path)  # a link stays one
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.exists(path) and not os.stat(path).st_mode & 0o200:  # its owner may not write it; os.replace may
+        raise PermissionError(errno.EACCES, "it is write-protected, and stays as it is")
+    for folder in reversed(pathlib.Path(path).parents):  # os.makedirs fails at a depth of a thousand folders
+        folder.mkdir(exist_ok=True)
     temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(16)}.part")  # no other process has this one
     try:
         with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
