@@ -51,8 +51,8 @@ for first, end, text, ratio, spoken_to in [
 ]:  # fmt: skip
     edges = np.linspace(first, spoken_to, len(text) + 1)  # at an even pace
     RECORDING.chunks.append(inference.Chunk(
-        first, end, None, RECORDING, text=text, no_speech_prob=0.1, compression_ratio=ratio, left_out=False,
-        token_limit=ratio > 2.4, looping=ratio > 2.4, times=np.stack([edges[:-1], edges[1:]], 1),
+        first, end, None, RECORDING, text=text, avg_logprob=-0.5, no_speech_prob=0.1, compression_ratio=ratio,
+        left_out=False, token_limit=ratio > 2.4, looping=ratio > 2.4, times=np.stack([edges[:-1], edges[1:]], 1),
     ))  # fmt: skip
 RECORDING.chunks.insert(1, inference.Chunk(2.5, 59.9996, None, RECORDING, text="ご視聴", no_speech_prob=0.9))
 
@@ -91,7 +91,7 @@ def test_json():
     assert "".join(word["word"] for word in segment.pop("words")) == segment["text"]
     assert segment == {
         "id": 1, "start": 60.0, "end": 65.0, "text": "a --> b\tc", "compression_ratio": 3.0, "token_limit": True,
-        "looping": True, "times": "proportional", "no_speech_prob": 0.1,
+        "looping": True, "times": "proportional", "avg_logprob": -0.5, "no_speech_prob": 0.1,
     }  # fmt: skip
     assert not content["segments"][0]["looping"] and not content["segments"][0]["token_limit"]
 
@@ -125,7 +125,8 @@ def test_a_recording_without_speech_has_all_its_outputs_and_says_so(tmp_path, in
     assert (status, out) == (0, "") and f"inference.py: {path}: no speech: nothing in it moves (" in err
     written = {name.suffix[1:]: name.read_text() for name in (tmp_path / "out").iterdir()}
     assert (written["txt"], written["srt"], written["vtt"]) == ("", "", "WEBVTT\n\n")
-    assert json.loads(written["json"])["left_out"] == [{"start": 0.0, "end": 5.0, "text": "", "no_speech_prob": None}]
+    left_out = {"start": 0.0, "end": 5.0, "text": "", "avg_logprob": None, "no_speech_prob": None}
+    assert json.loads(written["json"])["left_out"] == [left_out]
 
 
 # --- stdout and files ---

@@ -57,6 +57,17 @@ def test_the_text_is_that_of_openai_whisper(outputs, name):
     assert outputs[name]["text"] == TRUTH[name]["whisper"]
 
 
+@pytest.mark.parametrize("name", ["pause1.flac", "pause2.flac", "pause3.flac"])
+def test_what_people_say_after_a_pause_is_in_the_text(outputs, name):
+    """Of each of these the model ends its text at the pause."""
+    _, second = TRUTH[name]["sentences"]
+    after = [s for s in outputs[name]["segments"] if s["start"] > second["start"] - 0.5]
+    true, heard = bare(second["text"]), bare("".join(s["text"] for s in after))
+    blocks = difflib.SequenceMatcher(None, true, heard, False).get_matching_blocks()
+    assert sum(block.size for block in blocks) >= 0.4 * len(true), heard
+    assert after[0]["start"] == pytest.approx(second["start"], abs=0.3)
+
+
 def test_noise_without_speech_has_no_text(outputs):
     """Two sentences, then 28 s of room noise at -54 dBFS, of which the model itself makes greetings and thanks."""
     output, sentences = outputs["noise.flac"], TRUTH["noise.flac"]["sentences"]
