@@ -38,8 +38,6 @@ FACTOR = 3  # sound kernels make 0.8 to 1.2 times what rounding alone makes, on 
 FLOAT32_LIMIT = 5e-4  # sound kernels that err by 1e-5 make 3e-5, the smallest fault that was seeded 3e-3
 LIMITS = {"relative error": 0.01, "encoder error": FLOAT32_LIMIT, "logits error": FLOAT32_LIMIT}  # at least
 TO_END = f"to position {common.N_POSITIONS}"
-# Ranges of both errors in float32 that a known setting of an NPU causes
-CAUSES = {"HF32 makes as much": (0, 0.002), "GELU in its tanh form makes as much": (0.002, 0.005)}
 
 
 class Computed(NamedTuple):
@@ -275,7 +273,7 @@ def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, cand
         runs.append((TO_END, common.endless(candidate), [reference], common.MAX_NEW_TOKENS))
     for how, recognizer, rows, max_new_tokens in runs:
         figures = []
-        for row, (token_ids, computed) in zip(rows, decode(recognizer, rows, max_new_tokens), strict=True):
+        for row, (token_ids, computed) in zip(rows, decode_rows(recognizer, rows, max_new_tokens), strict=True):
             expected, rounding = row.computed(token_ids)
             of_row = limited(compare(expected, computed), rounding, f"{clip.name}, {how}", recognizer is exact)
             figures += of_row
@@ -284,14 +282,14 @@ def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, cand
                     clip.candidate_text = reference.text(token_ids)
                 is_sound = not any(figure.is_fault for figure in of_row)
                 note_difference(clip, row, token_ids, expected.logits, computed.logits, is_sound, how)
-        clip.figures += worst(figures)
-        clip.faults += describe_faults(worst(figures), how)
+        clip.figures += (of_run := worst(figures))
+        clip.faults += [f"{f.name} {f.value:.3g} is not below {f.limit:.3g} ({how})" for f in of_run if f.is_fault]
     with common.device_errors(device):
         if not torch.equal(reference.recognizer.token_mask, candidate.token_mask.cpu()):
             clip.faults.append("the device suppresses other tokens than the reference")
 
 
-def decode(
+def decode_rows(
     recognizer: common.Recognizer, rows: list[Reference], max_new_tokens: int
 ) -> Iterator[tuple[list[int], Computed]]:
     """Decode a batch of the rows' features as inference.py does: token ids and what was computed, of each row.
@@ -371,15 +369,6 @@ def worst(figures: list[Figure]) -> list[Figure]:
     """Of the figures of each name the worst, with those in float32 at the end."""
     names = sorted(dict.fromkeys(figure.name for figure in figures), key=lambda name: name.endswith("in float32"))
     return [max((f for f in figures if f.name == name), key=lambda figure: figure.badness) for name in names]
-
-
-def describe_faults(figures: list[Figure], how: str) -> list[str]:
-    """Which figures are not below their limits, and how the clip was decoded or what on an NPU makes as much."""
-    if how == "in float32":
-        fitting = (cause for cause, (low, high) in CAUSES.items() if all(low <= f.value <= high for f in figures))
-        how = next(fitting, how)
-    faults = (figure for figure in figures if figure.is_fault)
-    return [f"{figure.name} {figure.value:.3g} is not below {figure.limit:.3g} ({how})" for figure in faults]
 
 
 def normalize_text(text: str) -> str:
