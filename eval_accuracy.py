@@ -9,8 +9,10 @@
 The reference is the CPU in float32, the candidate is the device. The device
 decodes each clip three times: in float32, then in its dtype in a full batch
 beside another input, then in its dtype alone. It decodes the first clip once
-more, to the decoder's last position. The reference computes the same tokens, and
-all figures compare the two.
+more, to the decoder's last position. Unless the device is a CPU, it also decodes
+the first clip in batches of 2, 3 and so on up to the full one, and stops at the
+first size that shows a fault. The reference computes the same tokens, and all
+figures compare the two.
 
 How far the candidate may be off is measured: the reference computes each clip
 once more with everything rounded to the dtype, and the limit of each error is
@@ -120,12 +122,17 @@ def run(args: argparse.Namespace) -> int:
     environment = common.environment(device)
     said = {"npu": ", HF32 off", "cuda": ", TF32 off", "cpu": ": no NPU was tested"}[device.type]
     candidate = f"{device} ({environment['device_name']}) in {common.dtype_name(dtype)}{said}"
+    full = common.default_batch_size(device)
+    sizes = f"{full}, because others are not checked on a CPU"
+    if device.type != "cpu":
+        sizes = f"{full}, and all from 2 to {full} for the first clip"
     n_failed = sum(bool(clip.faults) for clip in clips)
     verdict = f"FAIL: {n_failed} of {len(clips)} clips" if n_failed else "PASS"
     verdict += f", on {len(paths) - len(left_out)} of {len(paths)} recordings" if left_out else ""
     texts = ["" if i in left_out else text for i, (_, text) in enumerate(recordings)]
     report = {
         "model": args.model, "reference": "cpu in float32", "candidate": candidate,
+        "batch sizes": sizes,
         "clips, tokens": f"{len(clips)}, {sum(clip.n_tokens for clip in clips)}",
         "text match": f"{sum(clip.text == clip.candidate_text for clip in clips)} of {len(clips)}",
         "figures": [asdict(figure) for figure in worst([figure for clip in clips for figure in clip.figures])],
@@ -257,36 +264,57 @@ class Reference:
         return Computed(encoded[0], model.proj_out(hidden[0, common.PROMPT_LENGTH - 1 :]))
 
 
-def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, candidate, to_end: bool) -> None:
+def batch_sizes(device: torch.device, is_first: bool) -> range:
+    """The sizes of the batches in which a clip is decoded: on an accelerator, for the first clip, every one from 2 on.
+
+    A kernel may be wrong for one size alone. On a CPU all these sizes would take minutes.
+    """
+    full = common.default_batch_size(device)
+    return range(2 if is_first and device.type != "cpu" else full, full + 1)
+
+
+def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, candidate, is_first: bool) -> None:
     """Hold the device, in float32 and in its dtype, against the reference. Raises DeviceError.
 
-    other is another input, which shares the batch. Where to_end is True, the device decodes the clip to the decoder's
-    last position too, beyond the end of its text.
+    other is another input, which shares the batches. Where is_first is True, the device decodes the clip to the
+    decoder's last position too, beyond the end of its text.
     """
     device, limit = candidate.model.device, reference.max_new_tokens
     clip.n_tokens, clip.text = len(reference.token_ids), reference.text(reference.token_ids)
-    # The other input stands first, so that rows in reverse order are noticed.
-    batch = [other, reference, reference, reference] * (common.default_batch_size(device) // 4)
-    runs = [("in float32", exact, [reference], limit), ("in a batch", candidate, batch, limit),
-            ("alone", candidate, [reference], limit)]  # fmt: skip
-    if to_end:
-        runs.append((TO_END, common.endless(candidate), [reference], common.MAX_NEW_TOKENS))
-    for how, recognizer, rows, max_new_tokens in runs:
-        figures = []
-        for row, (token_ids, computed) in zip(rows, decode_rows(recognizer, rows, max_new_tokens), strict=True):
-            expected, rounding = row.computed(token_ids)
-            of_row = limited(compare(expected, computed), rounding, f"{clip.name}, {how}", recognizer is exact)
-            figures += of_row
-            if how != TO_END:
-                if row is reference:
-                    clip.candidate_text = reference.text(token_ids)
-                is_sound = not any(figure.is_fault for figure in of_row)
-                note_difference(clip, row, token_ids, expected.logits, computed.logits, is_sound, how)
-        clip.figures += (of_run := worst(figures))
-        clip.faults += [f"{f.name} {f.value:.3g} is not below {f.limit:.3g} ({how})" for f in of_run if f.is_fault]
+    compare_rows(clip, reference, [reference], exact, limit, "in float32")
+    for size in batch_sizes(device, is_first):
+        # The other input is the first row and the clip the last, so that rows in reverse order are noticed.
+        rows = [*([other, reference, reference, reference] * size)[: size - 1], reference]
+        if not compare_rows(clip, reference, rows, candidate, limit, f"in a batch of {size}"):
+            break
+    compare_rows(clip, reference, [reference], candidate, limit, "alone")
+    if is_first:
+        compare_rows(clip, reference, [reference], common.endless(candidate), common.MAX_NEW_TOKENS, TO_END)
     with common.device_errors(device):
         if not torch.equal(reference.recognizer.token_mask, candidate.token_mask.cpu()):
             clip.faults.append("the device suppresses other tokens than the reference")
+
+
+def compare_rows(
+    clip: Clip, reference: Reference, rows: list[Reference], recognizer, max_new_tokens: int, how: str
+) -> bool:
+    """Decode a batch on the device and hold each row against its reference; whether no fault was found.
+
+    Raises DeviceError.
+    """
+    figures, n_faults = [], len(clip.faults)
+    for row, (token_ids, computed) in zip(rows, decode_rows(recognizer, rows, max_new_tokens), strict=True):
+        expected, rounding = row.computed(token_ids)
+        of_row = limited(compare(expected, computed), rounding, f"{clip.name}, {how}", how == "in float32")
+        figures += of_row
+        if how != TO_END:
+            if row is reference:
+                clip.candidate_text = reference.text(token_ids)
+            is_sound = not any(figure.is_fault for figure in of_row)
+            note_difference(clip, row, token_ids, expected.logits, computed.logits, is_sound, how)
+    clip.figures += (of_batch := worst(figures))
+    clip.faults += [f"{f.name} {f.value:.3g} is not below {f.limit:.3g} ({how})" for f in of_batch if f.is_fault]
+    return len(clip.faults) == n_faults
 
 
 def decode_rows(
@@ -409,7 +437,8 @@ def character_error_rates(clips: list[Clip], texts: list[str]) -> dict[str, floa
 
 def format_table(report: dict) -> str:
     """The report for a person: each figure where it is worst, the verdict, and why a clip failed."""
-    rows = {name: report[name] for name in ("model", "reference", "candidate", "clips, tokens", "text match")}
+    header = "model", "reference", "candidate", "batch sizes", "clips, tokens", "text match"
+    rows = {name: report[name] for name in header}
     rows[""] = f"{'value':<12}{'limit':<12}{'rounding':<12}largest in"
     for figure in report["figures"]:
         numbers = ("" if figure[key] is None else f"{figure[key]:.6g}" for key in ("value", "limit", "rounding"))

@@ -135,13 +135,14 @@ def test_the_users_rows_come_first_and_the_header_says_what_was_not_tested(clips
     assert (status, said) == (0, ["recording 1 of 2", "recording 2 of 2"])
     table = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in out.splitlines() if line[0] != " ")
     assert list(table) == [
-        "model", "reference", "candidate", "clips, tokens", "text match", "cosine similarity", "largest absolute error",
-        "mean absolute error", "relative error", "encoder error", "logits error", "encoder error in float32",
-        "logits error in float32", "verdict",
+        "model", "reference", "candidate", "batch sizes", "clips, tokens", "text match", "cosine similarity",
+        "largest absolute error", "mean absolute error", "relative error", "encoder error", "logits error",
+        "encoder error in float32", "logits error in float32", "verdict",
     ]  # fmt: skip
+    assert table["batch sizes"] == "8, because others are not checked on a CPU"
     assert table["candidate"].endswith(" in float32: no NPU was tested")
     assert (table["clips, tokens"], table["text match"], table["verdict"]) == ("2, 22", "2 of 2", "PASS")
-    where = r"\S+wav, 0.0 to \S+ s, (in a batch|alone|to position 448)"
+    where = r"\S+wav, 0.0 to \S+ s, (in a batch of 8|alone|to position 448)"
     assert re.fullmatch(rf"\S+ +0.01 +0 +{where}", table["relative error"])
     assert re.fullmatch(r"0 +0.0005 +\S+wav, 0.0 to \S+ s, in float32", table["encoder error in float32"])
 
@@ -167,7 +168,8 @@ def test_a_fail_names_each_clip_and_reason(clips, evaluate, monkeypatch):
     status, out, _ = evaluate("--audio", *clips, "--dtype", "bfloat16", "--max-new-tokens", 20)
     assert status == 1 and re.search("^verdict +FAIL: 2 of 2 clips$", out, re.MULTILINE)
     for path, line in zip(clips, out.splitlines()[-2:], strict=True):
-        assert re.match(rf"FAIL {path}, 0.0 to \S+ s: encoder error \S+ is not below \S+ \(in a batch\); logits ", line)
+        reason = r"encoder error \S+ is not below \S+ \(in a batch of 8\); logits "
+        assert re.match(rf"FAIL {path}, 0.0 to \S+ s: {reason}", line)
 
 
 def test_without_an_npu_there_is_no_verdict(clips):
@@ -253,10 +255,11 @@ CAUGHT = {
     "cache_off_by_one": "logits error in float32 ",
     "cache_wrong_beyond_256": r"logits error .*\(to position 448\)",
     "wrong_suppress_list": "the device suppresses other tokens",
-    "rows_swapped": r"encoder error .*\(in a batch\)",
-    "first_row_wrong": r"encoder error .*\(in a batch\)",
-    "wrong_in_batches_of_16": r"encoder error .*\(in a batch\)",
-    "second_window_wrong": r"encoder error .*\(alone\)",
+    "rows_swapped": r"encoder error .*\(in a batch of 2\)",
+    "first_row_wrong": r"encoder error .*\(in a batch of 2\)",
+    "wrong_in_batches_of_7": r"encoder error .*\(in a batch of 7\)",
+    "wrong_in_full_batches": r"encoder error .*\(in a batch of 4\)",
+    "second_window_wrong": r"encoder error .*\(in a batch of 3\)",
     "stale_results": "npu:0 gives 4 rows for a batch of 1",
     "stale_after_an_error": "npu:0 failed: The Inner error is reported as above.",
     "stale_without_an_error": "encoder error in float32 |npu:0 computes NaN",
@@ -284,6 +287,10 @@ def test_without_options_it_is_the_sweep_on_the_npu_in_float16_with_hf32_off_or_
     assert report["candidate"] == "npu:0 (Ascend910B4 (simulated)) in float16, HF32 off"
     assert report["environment"]["allow_hf32"] == {"matmul": False, "conv": False}
     assert report["verdict"] == "PASS" and report["clips"][0]["name"] == "sweep, 0.0 to 3.0 s"
+    decoded = [figure["where"].split(", ")[-1] for figure in report["clips"][0]["figures"]]
+    batches = [f"in a batch of {size}" for size in range(2, 17)]
+    assert list(dict.fromkeys(decoded)) == ["in float32", *batches, "alone", "to position 448"]
+    assert report["batch sizes"] == "16, and all from 2 to 16 for the first clip"
     result = run("eval_accuracy.py", *arguments, environment=FAKE | {"FAKE_NPU_FAULT": "hf32"})
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert "error code is 500001" in result.stderr and "set_env.sh" in result.stderr
