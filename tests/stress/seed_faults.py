@@ -262,7 +262,8 @@ def evaluate(fault, dtype: str, short: bool, arguments: list[str]) -> dict:
     fault's name has a larger number."""
     import torch_npu
 
-    load_model, device = common.load_model, (torch_npu.FAULT, torch_npu.KERNEL_ERROR, torch_npu.npu_gelu)
+    load_model, to_end = common.load_model, eval_accuracy.TO_END
+    device = torch_npu.FAULT, torch_npu.KERNEL_ERROR, torch_npu.npu_gelu
 
     def load_faulty(name, device, dtype):
         if device.type == "cpu":
@@ -278,12 +279,12 @@ def evaluate(fault, dtype: str, short: bool, arguments: list[str]) -> dict:
     if short and not name.endswith("_7"):
         changed["default_batch_size"] = lambda device: 4
     if short and not name.endswith("_256"):
-        changed |= {"MAX_NEW_TOKENS": 60, "N_POSITIONS": 64}
+        changed["MAX_NEW_TOKENS"], eval_accuracy.TO_END = 60, "to position 64"
     eval_accuracy.Reference, eval_accuracy.common = shared_reference, types.SimpleNamespace(**vars(common) | changed)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = eval_accuracy.main(["--device", "npu", "--dtype", dtype, "--json", *arguments])
-    eval_accuracy.common = common
+    eval_accuracy.common, eval_accuracy.TO_END = common, to_end
     torch_npu.FAULT, torch_npu.KERNEL_ERROR, torch_npu.npu_gelu = device
     torch_npu.QUEUE.update(error=None, dead=False)
     report = json.loads(out.getvalue()) if status < 2 else {"clips": [], "figures": []}
