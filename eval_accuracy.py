@@ -9,10 +9,9 @@
 The reference is the CPU in float32, the candidate is the device. The device
 decodes each clip three times: in float32, then in its dtype in a full batch
 beside another input, then in its dtype alone. It decodes the first clip once
-more, to the decoder's last position. Unless the device is a CPU, it also decodes
-the first clip in batches of 2, 3 and so on up to the full one, and stops at the
-first size that shows a fault. The reference computes the same tokens, and all
-figures compare the two.
+more, to the decoder's last position, and unless it is a CPU also in batches of 2,
+3 and so on, up to the full one or to the first that shows a fault. The reference
+computes the same tokens, and all figures compare the two.
 
 How far the candidate may be off is measured: the reference computes each clip
 once more with everything rounded to the dtype, and the limit of each error is
@@ -30,6 +29,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -40,14 +40,6 @@ FACTOR = 3  # sound kernels make 0.8 to 1.2 times what rounding alone makes, on 
 FLOAT32_LIMIT = 5e-4  # sound kernels that err by 1e-5 make 3e-5, the smallest fault that was seeded 3e-3
 LIMITS = {"relative error": 0.01, "encoder error": FLOAT32_LIMIT, "logits error": FLOAT32_LIMIT}  # at least
 IN_FLOAT32, TO_END = "in float32", f"to position {common.N_POSITIONS}"
-
-
-class Models(NamedTuple):
-    """The model, loaded three times."""
-
-    cpu: common.Recognizer  # on the CPU in float32
-    exact: common.Recognizer  # on the device in float32
-    candidate: common.Recognizer  # on the device in its dtype
 
 
 class Computed(NamedTuple):
@@ -133,31 +125,32 @@ def run(args: argparse.Namespace) -> int:
     forbid_hf32(device)
     dtype = common.select_dtype(args.dtype, device)
     load = functools.partial(common.load_model, args.model)
-    models = Models(load(torch.device("cpu"), torch.float32), load(device, torch.float32), load(device, dtype))
-    measure(recordings, models, args.chunk_length, args.max_new_tokens)
+    cpu, exact, candidate = load(torch.device("cpu"), torch.float32), load(device, torch.float32), load(device, dtype)
+    reference_of = functools.partial(Reference, cpu, dtype=dtype, max_new_tokens=args.max_new_tokens)
+    measure(recordings, reference_of, exact, candidate, args.chunk_length)
     clips = [clip for recording in recordings for clip in recording.clips]
     if not clips:
         raise common.SetupError(f"there is nothing to compare: none of {len(recordings)} recordings can be read")
     complete = [recording for recording in recordings if recording.is_complete]
     environment = common.environment(device)
     said = {"npu": ", HF32 off", "cuda": ", TF32 off", "cpu": ": no NPU was tested"}[device.type]
-    candidate = f"{device} ({environment['device_name']}) in {common.dtype_name(dtype)}{said}"
-    others = "because others are not checked on a CPU" if device.type == "cpu" else "and all smaller ones for the first clip"
+    described = f"{device} ({environment['device_name']}) in {common.dtype_name(dtype)}{said}"
+    others = "on a CPU no other size is checked" if device.type == "cpu" else "all smaller ones for the first clip"
     n_failed = sum(bool(clip.faults) for clip in clips)
     verdict = f"FAIL: {n_failed} of {len(clips)} clips" if n_failed else "PASS"
     if len(complete) < len(recordings):
         verdict += f", on {len(complete)} of {len(recordings)} recordings"
+    truth = [recording.text for recording in complete]
     heard = {"reference": ["".join(clip.text for clip in recording.clips) for recording in complete],
              "candidate": ["".join(clip.candidate_text for clip in recording.clips) for recording in complete]}
-    truth, sides = [recording.text for recording in complete], heard if args.manifest else {}
     report = {
-        "model": args.model, "reference": "cpu in float32", "candidate": candidate,
-        "batch sizes": f"{common.default_batch_size(device)}, {others}",
+        "model": args.model, "reference": "cpu in float32", "candidate": described,
+        "batch sizes": f"{common.default_batch_size(device)}; {others}",
         "clips, tokens": f"{len(clips)}, {sum(clip.n_tokens for clip in clips)}",
         "text match": f"{sum(clip.text == clip.candidate_text for clip in clips)} of {len(clips)}",
         "figures": [asdict(figure) for figure in worst([figure for clip in clips for figure in clip.figures])],
-        "cer": {side: character_error_rate(truth, heard[side]) for side in sides}, "verdict": verdict,
-        "left_out": [recording.path for recording in recordings if not recording.is_complete],
+        "cer": {side: character_error_rate(truth, texts) for side, texts in heard.items() if args.manifest},
+        "verdict": verdict, "left_out": [recording.path for recording in recordings if not recording.is_complete],
         "clips": [asdict(clip) for clip in clips], "environment": environment,
     }  # fmt: skip
     common.write_stdout(common.report_json(report) if args.json else format_table(report))
@@ -195,13 +188,13 @@ def forbid_hf32(device: torch.device) -> None:
 # --- Measuring ---
 
 
-def measure(recordings: list[Recording], models: Models, chunk_length_s: float, max_new_tokens: int) -> None:
-    """Compare the recordings clip by clip, to the first failure of the device: what it returns then is not believed.
+def measure(recordings: list[Recording], reference_of: Callable, exact, candidate, chunk_length_s: float) -> None:
+    """Compare the recordings clip by clip, until the device fails: nothing that it returns after that can be believed.
 
-    Raises SetupError where the reference fails or the device has too little memory.
+    reference_of gives the Reference of features; exact and candidate are the model on the device, in float32 and in its
+    dtype. Raises SetupError where the reference fails or the device has too little memory.
     """
-    other, dtype = None, models.candidate.model.dtype
-    refer = functools.partial(Reference, models.cpu, dtype=dtype, max_new_tokens=max_new_tokens)
+    other = None
     for i, recording in enumerate(recordings, start=1):
         path, chunks = recording.path, [(0, 3, common.sweep())]
         try:
@@ -212,12 +205,12 @@ def measure(recordings: list[Recording], models: Models, chunk_length_s: float, 
                 clip = Clip(f"{path or 'sweep'}, {start:.1f} to {end:.1f} s")
                 recording.clips.append(clip)
                 common.notice(f"recording {i} of {len(recordings)}: {clip.name}")
-                features = common.extract_features(models.cpu.extractor, waveform)
-                reference, is_first = refer(features), other is None
+                features = common.extract_features(candidate.extractor, waveform)
+                reference, is_first = reference_of(features), other is None
                 if is_first:  # reversed in time it is another input, which shares all batches
-                    other = refer(features.flip(-1))
+                    other = reference_of(features.flip(-1))
                 try:
-                    compare_clip(clip, reference, other, models, is_first)
+                    compare_clip(clip, reference, other, exact, candidate, is_first)
                 except common.OutOfMemoryError:
                     raise
                 except common.DeviceError as error:
@@ -281,15 +274,15 @@ class Reference:
         return Computed(token_ids, encoded[0], model.proj_out(hidden[0, common.PROMPT_LENGTH - 1 :]))
 
 
-def compare_clip(clip: Clip, reference: Reference, other: Reference, models: Models, is_first: bool) -> None:
+def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, candidate, is_first: bool) -> None:
     """Hold the device, in float32 and in its dtype, against the reference. Raises DeviceError.
 
     other is another input, which shares the batches. The device decodes the first clip to the decoder's last position
     too, beyond the end of its text, and an accelerator in all sizes of batches; on a CPU these would take minutes.
     """
-    device, candidate = models.candidate.model.device, models.candidate
+    device = candidate.model.device
     clip.n_tokens, clip.text = len(reference.token_ids), reference.text(reference.token_ids)
-    compare_rows(clip, [reference], models.exact, IN_FLOAT32)
+    compare_rows(clip, [reference], exact, IN_FLOAT32)
     full = common.default_batch_size(device)
     for size in range(2 if is_first and device.type != "cpu" else full, full + 1):
         # The other input is the first row and the clip the last, so that rows in reverse order are noticed.
@@ -300,7 +293,7 @@ def compare_clip(clip: Clip, reference: Reference, other: Reference, models: Mod
     if is_first:
         compare_rows(clip, [reference], common.endless(candidate), TO_END)
     with common.device_errors(device):
-        if not torch.equal(models.cpu.token_mask, candidate.token_mask.cpu()):
+        if not torch.equal(reference.recognizer.token_mask, candidate.token_mask.cpu()):
             clip.faults.append("the device suppresses other tokens than the reference")
 
 
@@ -308,7 +301,11 @@ def compare_rows(clip: Clip, rows: list[Reference], recognizer: common.Recognize
     """Hold a batch, whose last row is the clip, against the reference; whether no fault shows. Raises DeviceError."""
     figures, n_faults = [], len(clip.faults)
     max_new_tokens = common.MAX_NEW_TOKENS if how == TO_END else rows[-1].max_new_tokens
-    for row, found in zip(rows, decode_rows(recognizer, rows, max_new_tokens), strict=True):
+    try:
+        batch = decode_rows(recognizer, rows, max_new_tokens)
+    except common.DeviceError as error:
+        raise type(error)(f"{error} ({how})") from error
+    for row, found in zip(rows, batch, strict=True):
         expected, rounding = row.computed(found.token_ids)
         of_row = limited(compare(expected, found), rounding, f"{clip.name}, {how}", how == IN_FLOAT32)
         figures += of_row
@@ -316,8 +313,8 @@ def compare_rows(clip: Clip, rows: list[Reference], recognizer: common.Recognize
             if row is rows[-1]:
                 clip.candidate_text = row.text(found.token_ids)
             note_difference(clip, row, found, not any(figure.is_fault for figure in of_row), how)
-    clip.figures += (of_batch := worst(figures))
-    clip.faults += [f"{f.name} {f.value:.3g} is not below {f.limit:.3g} ({how})" for f in of_batch if f.is_fault]
+    clip.figures += (shown := worst(figures))
+    clip.faults += [f"{f.name} {f.value:.3g} is not below {f.limit:.3g} ({how})" for f in shown if f.is_fault]
     return len(clip.faults) == n_faults
 
 
@@ -362,11 +359,10 @@ def note_difference(clip: Clip, reference: Reference, found: Computed, is_sound:
 
 
 def compare(reference: Computed, candidate: Computed) -> dict[str, float]:
-    """The figures of a candidate c and its reference r, computed in float64, in the order of the table.
+    """The figures of a candidate c and its reference r in float64, in the order of the table.
 
-    Of the raw logits: cosine similarity is sum(r c) / sqrt(sum(r^2) sum(c^2)), relative error max |c - r| / (max r -
-    min r). Encoder error is RMS(c - r) / RMS(r) of the encoder's output over all positions, and logits error the same
-    of the logits less each token's mean over the vocabulary, which softmax does not see.
+    The first four are of the raw logits. The last, which is of the logits less each token's mean over the vocabulary,
+    leaves out what softmax does not see.
     """
     norm = torch.linalg.vector_norm
     r, c = reference.logits.double(), candidate.logits.double()
