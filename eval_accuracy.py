@@ -9,9 +9,10 @@
 The reference is the CPU in float32, the candidate is the device. The device
 decodes each clip three times: in float32, then in its dtype in a full batch
 beside another input, then in its dtype alone. It decodes the first clip once
-more, to the decoder's last position, and unless it is a CPU also in batches of 2,
-3 and so on, up to the full one or to the first that shows a fault. The reference
-computes the same tokens, and all figures compare the two.
+more, to the decoder's last position, and if it is an NPU or a GPU also in batches
+of every size from 2 to the full one, because a kernel may be wrong for one size
+only; it stops at the first size with a fault. The reference computes the
+same tokens, and all figures compare the two.
 
 How far the candidate may be off is measured: the reference computes each clip
 once more with everything rounded to the dtype, and the limit of each error is
