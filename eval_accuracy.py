@@ -9,8 +9,10 @@
 The reference is the CPU in float32, the candidate is the device. The device
 decodes each clip three times: in float32, then in its dtype in a full batch
 beside another input, then in its dtype alone. It decodes the first clip once
-more, to the decoder's last position. The reference computes the same tokens, and
-all figures compare the two.
+more, to the decoder's last position, and if it is an NPU or a GPU also in batches
+of every size from 2 to the full one, because a kernel may be wrong for one size
+only; it stops at the first size with a fault. The reference computes the
+same tokens, and all figures compare the two.
 
 How far the candidate may be off is measured: the reference computes each clip
 once more with everything rounded to the dtype, and the limit of each error is
@@ -22,12 +24,13 @@ largest error of a logit, divided by the range of all logits.
 Exit status: 0 PASS; 1 FAIL; 2 nothing could be evaluated; 130 interrupted.
 """
 import argparse
+import functools
 import itertools
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -38,16 +41,15 @@ import torch
 FACTOR = 3  # sound kernels make 0.8 to 1.2 times what rounding alone makes, on the tiny model up to 2.4
 FLOAT32_LIMIT = 5e-4  # sound kernels that err by 1e-5 make 3e-5, the smallest fault that was seeded 3e-3
 LIMITS = {"relative error": 0.01, "encoder error": FLOAT32_LIMIT, "logits error": FLOAT32_LIMIT}  # at least
-TO_END = f"to position {common.N_POSITIONS}"
-# Ranges of both errors in float32 that a known setting of an NPU causes
-CAUSES = {"HF32 makes as much": (0, 0.002), "GELU in its tanh form makes as much": (0.002, 0.005)}
+IN_FLOAT32, TO_END = "in float32", f"to position {common.N_POSITIONS}"
 
 
 class Computed(NamedTuple):
-    """What was computed of a clip: the encoder's output and the raw logits of each token."""
+    """What was written of a clip, and what was computed on the way."""
 
-    encoded: torch.Tensor  # (n_positions, d_model)
-    logits: torch.Tensor  # (n_tokens, n_vocab)
+    token_ids: list[int]
+    encoded: torch.Tensor  # the encoder's output, (n_positions, d_model)
+    logits: torch.Tensor  # raw, (n_tokens, n_vocab)
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,22 @@ class Clip:
     """A chunk of a recording, and what the comparison has shown."""
 
     name: str
-    recording: int  # its index
     n_tokens: int = 0  # of the reference's text
     text: str = ""
     candidate_text: str = ""
     figures: list[Figure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Recording:
+    """A sound file, and what was compared of it."""
+
+    path: str | None  # None is the sweep
+    text: str = ""  # the true one, where a manifest has it
+    clips: list[Clip] = field(default_factory=list)
+    is_complete: bool = False  # whether it was read and compared to its end
 
 
 # --- Command ---
@@ -111,44 +122,52 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate what the arguments say; the exit status. Raises SetupError."""
-    recordings = read_manifest(args.manifest) if args.manifest else [(path, "") for path in args.audio or [None]]
-    paths = [path for path, _ in recordings]
+    recordings = read_manifest(args.manifest) if args.manifest else [Recording(path) for path in args.audio or [None]]
     device = common.select_device(args.device)
     forbid_hf32(device)
     dtype = common.select_dtype(args.dtype, device)
-    places = (torch.device("cpu"), torch.float32), (device, torch.float32), (device, dtype)
-    clips, left_out = measure(*(common.load_model(args.model, *place) for place in places), paths, args)
+    load = functools.partial(common.load_model, args.model)
+    cpu, exact, candidate = load(torch.device("cpu"), torch.float32), load(device, torch.float32), load(device, dtype)
+    reference_of = functools.partial(Reference, cpu, dtype=dtype, max_new_tokens=args.max_new_tokens)
+    measure(recordings, reference_of, exact, candidate, args.chunk_length)
+    clips = [clip for recording in recordings for clip in recording.clips]
     if not clips:
-        raise common.SetupError(f"there is nothing to compare: none of {len(paths)} recordings can be read")
+        raise common.SetupError(f"there is nothing to compare: none of {len(recordings)} recordings can be read")
+    complete = [recording for recording in recordings if recording.is_complete]
     environment = common.environment(device)
     said = {"npu": ", HF32 off", "cuda": ", TF32 off", "cpu": ": no NPU was tested"}[device.type]
-    candidate = f"{device} ({environment['device_name']}) in {common.dtype_name(dtype)}{said}"
+    described = f"{device} ({environment['device_name']}) in {common.dtype_name(dtype)}{said}"
+    others = "on a CPU no other size is checked" if device.type == "cpu" else "all smaller ones for the first clip"
     n_failed = sum(bool(clip.faults) for clip in clips)
     verdict = f"FAIL: {n_failed} of {len(clips)} clips" if n_failed else "PASS"
-    verdict += f", on {len(paths) - len(left_out)} of {len(paths)} recordings" if left_out else ""
-    texts = ["" if i in left_out else text for i, (_, text) in enumerate(recordings)]
+    if len(complete) < len(recordings):
+        verdict += f", on {len(complete)} of {len(recordings)} recordings"
+    truth = [recording.text for recording in complete]
+    heard = {"reference": ["".join(clip.text for clip in recording.clips) for recording in complete],
+             "candidate": ["".join(clip.candidate_text for clip in recording.clips) for recording in complete]}
     report = {
-        "model": args.model, "reference": "cpu in float32", "candidate": candidate,
+        "model": args.model, "reference": "cpu in float32", "candidate": described,
+        "batch sizes": f"{common.default_batch_size(device)}; {others}",
         "clips, tokens": f"{len(clips)}, {sum(clip.n_tokens for clip in clips)}",
         "text match": f"{sum(clip.text == clip.candidate_text for clip in clips)} of {len(clips)}",
         "figures": [asdict(figure) for figure in worst([figure for clip in clips for figure in clip.figures])],
-        "cer": character_error_rates(clips, texts) if args.manifest else {},
-        "verdict": verdict, "left_out": [paths[i] for i in left_out], "clips": [asdict(clip) for clip in clips],
-        "environment": environment,
+        "cer": {side: character_error_rate(truth, texts) for side, texts in heard.items() if args.manifest},
+        "verdict": verdict, "left_out": [recording.path for recording in recordings if not recording.is_complete],
+        "clips": [asdict(clip) for clip in clips], "environment": environment,
     }  # fmt: skip
     common.write_stdout(common.report_json(report) if args.json else format_table(report))
     return int(n_failed > 0)
 
 
-def read_manifest(path: str) -> list[tuple[str, str]]:
-    """Audio path and text of each line of a JSON lines file; the paths are relative to it. Raises SetupError."""
+def read_manifest(path: str) -> list[Recording]:
+    """The recording of each line of a JSON lines file, relative to which the paths are. Raises SetupError."""
     recordings, number = [], 1
     with open(path, encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, start=1):  # noqa: B007
                 if line.strip():
                     row = json.loads(line)
-                    recordings.append((os.path.join(os.path.dirname(path), row["audio"]), row["text"] + ""))
+                    recordings.append(Recording(os.path.join(os.path.dirname(path), row["audio"]), row["text"] + ""))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             expected = '{"audio": "a.wav", "text": "..."}'
             raise common.SetupError(f"--manifest {path}, line {number}: not {expected} ({error})") from error
@@ -171,40 +190,37 @@ def forbid_hf32(device: torch.device) -> None:
 # --- Measuring ---
 
 
-def measure(
-    reference, exact, candidate, paths: list[str | None], args: argparse.Namespace
-) -> tuple[list[Clip], list[int]]:
-    """Compare every clip. Returns the clips and the indices of the recordings that are left out: those that cannot be
-    read, and all from the one on at which the device failed, because then nothing that it returns can be believed.
+def measure(recordings: list[Recording], reference_of: Callable, exact, candidate, chunk_length_s: float) -> None:
+    """Compare the recordings clip by clip, until the device fails: nothing that it returns after that can be believed.
 
-    reference, exact and candidate are the model on the CPU, on the device in float32, and there in its dtype; the path
-    None means the sweep. Raises SetupError where the reference fails or the device has too little memory.
+    reference_of gives the Reference of features; exact and candidate are the model on the device, in float32 and in its
+    dtype. Raises SetupError where the reference fails or the device has too little memory.
     """
-    clips, left_out, other = [], [], None
-    for i, path in enumerate(paths):
+    other = None
+    for i, recording in enumerate(recordings, start=1):
+        path, chunks = recording.path, [common.Chunk(0, 3, common.sweep())]
         try:
-            chunks = [common.Chunk(0, 3, common.sweep())]
             if path is not None:
-                chunks = common.read_chunks(path, args.chunk_length, lambda text, path=path:
+                chunks = common.read_chunks(path, chunk_length_s, lambda text, path=path:
                                             common.notice(f"warning: {path}: {text}"))  # fmt: skip
             for chunk in chunks:
-                clips.append(Clip(f"{path or 'sweep'}, {chunk.start:.1f} to {chunk.end:.1f} s", i))
-                common.notice(f"recording {i + 1} of {len(paths)}: {clips[-1].name}")
-                features = common.extract_features(reference.extractor, chunk.waveform)
-                expected = Reference(reference, features, candidate.model.dtype, args.max_new_tokens)
-                # The first clip reversed in time is another input, which shares all batches.
-                other = other or Reference(reference, features.flip(-1), candidate.model.dtype, args.max_new_tokens)
+                clip = Clip(f"{path or 'sweep'}, {chunk.start:.1f} to {chunk.end:.1f} s")
+                recording.clips.append(clip)
+                common.notice(f"recording {i} of {len(recordings)}: {clip.name}")
+                features = common.extract_features(candidate.extractor, chunk.waveform)
+                reference, is_first = reference_of(features), other is None
+                if is_first:  # reversed in time it is another input, which shares all batches
+                    other = reference_of(features.flip(-1))
                 try:
-                    compare_clip(clips[-1], expected, other, exact, candidate, len(clips) == 1)
+                    compare_clip(clip, reference, other, exact, candidate, is_first)
                 except common.OutOfMemoryError:
                     raise
                 except common.DeviceError as error:
-                    clips[-1].faults.append(str(error))
-                    return clips, [*left_out, *range(i, len(paths))]
+                    clip.faults.append(str(error))
+                    return
+            recording.is_complete = True
         except common.AudioError as error:
-            left_out.append(i)
             common.notice(f"error: {path}: {error}: left out")
-    return clips, left_out
 
 
 class Rounded(torch.overrides.TorchFunctionMode):
@@ -257,48 +273,55 @@ class Reference:
         """Teacher forcing: the decoder's logits for all tokens at once, without a cache."""
         model, inputs = self.recognizer.model, common.decoder_inputs(self.recognizer, [token_ids])
         hidden = model.model.decoder(input_ids=inputs, encoder_hidden_states=encoded, use_cache=False).last_hidden_state
-        return Computed(encoded[0], model.proj_out(hidden[0, common.PROMPT_LENGTH - 1 :]))
+        return Computed(token_ids, encoded[0], model.proj_out(hidden[0, common.PROMPT_LENGTH - 1 :]))
 
 
-def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, candidate, to_end: bool) -> None:
+def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, candidate, is_first: bool) -> None:
     """Hold the device, in float32 and in its dtype, against the reference. Raises DeviceError.
 
-    other is another input, which shares the batch. Where to_end is True, the device decodes the clip to the decoder's
-    last position too, beyond the end of its text.
+    other is another input, which shares the batches. The device decodes the first clip to the decoder's last position
+    too, beyond the end of its text, and an accelerator in all sizes of batches; on a CPU these would take minutes.
     """
-    device, limit = candidate.model.device, reference.max_new_tokens
+    device = candidate.model.device
     clip.n_tokens, clip.text = len(reference.token_ids), reference.text(reference.token_ids)
-    # The other input stands first, so that rows in reverse order are noticed.
-    batch = [other, reference, reference, reference] * (common.default_batch_size(device) // 4)
-    runs = [("in float32", exact, [reference], limit), ("in a batch", candidate, batch, limit),
-            ("alone", candidate, [reference], limit)]  # fmt: skip
-    if to_end:
-        runs.append((TO_END, common.endless(candidate), [reference], common.MAX_NEW_TOKENS))
-    for how, recognizer, rows, max_new_tokens in runs:
-        figures = []
-        for row, (token_ids, computed) in zip(rows, decode(recognizer, rows, max_new_tokens), strict=True):
-            expected, rounding = row.computed(token_ids)
-            of_row = limited(compare(expected, computed), rounding, f"{clip.name}, {how}", recognizer is exact)
-            figures += of_row
-            if how != TO_END:
-                if row is reference:
-                    clip.candidate_text = reference.text(token_ids)
-                is_sound = not any(figure.is_fault for figure in of_row)
-                note_difference(clip, row, token_ids, expected.logits, computed.logits, is_sound, how)
-        clip.figures += worst(figures)
-        clip.faults += describe_faults(worst(figures), how)
+    compare_rows(clip, [reference], exact, IN_FLOAT32)
+    full = common.default_batch_size(device)
+    for size in range(2 if is_first and device.type != "cpu" else full, full + 1):
+        # The other input is the first row and the clip the last, so that rows in reverse order are noticed.
+        rows = [*([other, reference, reference, reference] * size)[: size - 1], reference]
+        if not compare_rows(clip, rows, candidate, f"in a batch of {size}"):
+            break
+    compare_rows(clip, [reference], candidate, "alone")
+    if is_first:
+        compare_rows(clip, [reference], common.endless(candidate), TO_END)
     with common.device_errors(device):
         if not torch.equal(reference.recognizer.token_mask, candidate.token_mask.cpu()):
             clip.faults.append("the device suppresses other tokens than the reference")
 
 
-def decode(
-    recognizer: common.Recognizer, rows: list[Reference], max_new_tokens: int
-) -> Iterator[tuple[list[int], Computed]]:
-    """Decode a batch of the rows' features as inference.py does: token ids and what was computed, of each row.
+def compare_rows(clip: Clip, rows: list[Reference], recognizer: common.Recognizer, how: str) -> bool:
+    """Hold a batch, whose last row is the clip, against the reference; whether no fault shows. Raises DeviceError."""
+    figures, n_faults = [], len(clip.faults)
+    max_new_tokens = common.MAX_NEW_TOKENS if how == TO_END else rows[-1].max_new_tokens
+    try:
+        batch = decode_rows(recognizer, rows, max_new_tokens)
+    except common.DeviceError as error:
+        raise type(error)(f"{error} ({how})") from error
+    for row, found in zip(rows, batch, strict=True):
+        expected, rounding = row.computed(found.token_ids)
+        of_row = limited(compare(expected, found), rounding, f"{clip.name}, {how}", how == IN_FLOAT32)
+        figures += of_row
+        if how != TO_END:
+            if row is rows[-1]:
+                clip.candidate_text = row.text(found.token_ids)
+            note_difference(clip, row, found, not any(figure.is_fault for figure in of_row), how)
+    clip.figures += (shown := worst(figures))
+    clip.faults += [f"{f.name} {f.value:.3g} is not below {f.limit:.3g} ({how})" for f in shown if f.is_fault]
+    return len(clip.faults) == n_faults
 
-    Raises DeviceError.
-    """
+
+def decode_rows(recognizer: common.Recognizer, rows: list[Reference], max_new_tokens: int) -> list[Computed]:
+    """Decode a batch of the rows' features as inference.py does: what comes out of each row. Raises DeviceError."""
     model, steps = recognizer.model, []
     with model.proj_out.register_forward_hook(lambda module, inputs, output: steps.append(output[:, -1])):
         token_ids, _, encoded = common.generate(recognizer, [row.features for row in rows], max_new_tokens)
@@ -306,30 +329,29 @@ def decode(
     if len(token_ids) != len(rows) or not all(i in exist for ids in token_ids for i in ids):
         raise common.DeviceError(f"{model.device} gives {len(token_ids)} rows for a batch of {len(rows)}, or token ids "
                                  "that do not exist")  # fmt: skip
-    for i in range(len(rows)):
-        with torch.inference_mode(), common.device_errors(model.device):
-            logits = torch.stack([step[i] for step in steps[: len(token_ids[i])]])
-            computed = Computed(encoded[i].cpu(), logits.cpu())
-        yield token_ids[i], computed
+    with torch.inference_mode(), common.device_errors(model.device):
+        return [Computed(ids, encoded[i].cpu(), torch.stack([step[i] for step in steps[: len(ids)]]).cpu())
+                for i, ids in enumerate(token_ids)]  # fmt: skip
 
 
-def note_difference(clip: Clip, reference: Reference, token_ids, expected, got, is_sound: bool, how: str) -> None:
+def note_difference(clip: Clip, reference: Reference, found: Computed, is_sound: bool, how: str) -> None:
     """Note where a text leaves the reference's, if it does: as a fault, unless it is at a tie that rounding can turn.
 
     At a tie all figures are sound, and the reference prefers its token by no more than twice the largest error there;
-    what follows is then another text. expected and got are the logits of token_ids.
+    what follows is then another text.
     """
-    ours = reference.token_ids
-    if token_ids == ours:
+    ours, theirs = reference.token_ids, found.token_ids
+    if theirs == ours:
         return
-    i = next(i for i, (a, b) in enumerate(itertools.zip_longest(ours, token_ids)) if a != b)
+    i = next(i for i, (a, b) in enumerate(itertools.zip_longest(ours, theirs)) if a != b)
     margin, error = math.inf, 0.0
-    if i < min(len(ours), len(token_ids)):
-        margin = (expected[i, ours[i]] - expected[i, token_ids[i]]).item()
-        error = (got[i] - expected[i]).abs().max().item()
-    got_token, our_token = (reference.recognizer.tokenizer.decode(ids[i : i + 1]) for ids in (token_ids, ours))
+    if i < min(len(ours), len(theirs)):
+        expected = reference.computed(theirs)[0].logits[i]
+        margin = (expected[ours[i]] - expected[theirs[i]]).item()
+        error = (found.logits[i] - expected).abs().max().item()
+    our_token, their_token = (reference.recognizer.tokenizer.decode(ids[i : i + 1]) for ids in (ours, theirs))
     said = clip.notes if is_sound and margin <= 2 * error else clip.faults
-    difference = f"text differs from token {i} on: {got_token!r} for {our_token!r}"
+    difference = f"text differs from token {i} on: {their_token!r} for {our_token!r}"
     difference += f", which the reference prefers by {margin:.3g} ({how})"
     if difference not in said:  # another row of the batch may show the same
         said.append(difference)
@@ -339,11 +361,10 @@ def note_difference(clip: Clip, reference: Reference, token_ids, expected, got, 
 
 
 def compare(reference: Computed, candidate: Computed) -> dict[str, float]:
-    """The figures of a candidate c and its reference r, computed in float64, in the order of the table.
+    """The figures of a candidate c and its reference r in float64, in the order of the table.
 
-    Of the raw logits: cosine similarity is sum(r c) / sqrt(sum(r^2) sum(c^2)), relative error max |c - r| / (max r -
-    min r). Encoder error is RMS(c - r) / RMS(r) of the encoder's output over all positions, and logits error the same
-    of the logits less each token's mean over the vocabulary, which softmax does not see.
+    The first four are of the raw logits. The last, which is of the logits less each token's mean over the vocabulary,
+    leaves out what softmax does not see.
     """
     norm = torch.linalg.vector_norm
     r, c = reference.logits.double(), candidate.logits.double()
@@ -374,15 +395,6 @@ def worst(figures: list[Figure]) -> list[Figure]:
     return [max((f for f in figures if f.name == name), key=lambda figure: figure.badness) for name in names]
 
 
-def describe_faults(figures: list[Figure], how: str) -> list[str]:
-    """Which figures are not below their limits, and how the clip was decoded or what on an NPU makes as much."""
-    if how == "in float32":
-        fitting = (cause for cause, (low, high) in CAUSES.items() if all(low <= f.value <= high for f in figures))
-        how = next(fitting, how)
-    faults = (figure for figure in figures if figure.is_fault)
-    return [f"{figure.name} {figure.value:.3g} is not below {figure.limit:.3g} ({how})" for figure in faults]
-
-
 def normalize_text(text: str) -> str:
     """As the authors of kotoba-whisper do before they count errors (run_short_form_eval.py)."""
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer  # after the device is chosen
@@ -407,21 +419,13 @@ def character_error_rate(references: list[str], hypotheses: list[str]) -> float:
     return sum(edit_distance(r, h) for r, h in pairs) / sum(len(r) for r, _ in pairs) if pairs else math.nan
 
 
-def character_error_rates(clips: list[Clip], texts: list[str]) -> dict[str, float]:
-    """The rate of the reference and of the candidate against the true texts; the clips of a recording are joined."""
-    heard = {"reference": [""] * len(texts), "candidate": [""] * len(texts)}
-    for clip in clips:
-        heard["reference"][clip.recording] += clip.text
-        heard["candidate"][clip.recording] += clip.candidate_text
-    return {side: character_error_rate(texts, of_side) for side, of_side in heard.items()}
-
-
 # --- Report ---
 
 
 def format_table(report: dict) -> str:
     """The report for a person: each figure where it is worst, the verdict, and why a clip failed."""
-    rows = {name: report[name] for name in ("model", "reference", "candidate", "clips, tokens", "text match")}
+    header = "model", "reference", "candidate", "batch sizes", "clips, tokens", "text match"
+    rows = {name: report[name] for name in header}
     rows[""] = f"{'value':<12}{'limit':<12}{'rounding':<12}largest in"
     for figure in report["figures"]:
         numbers = ("" if figure[key] is None else f"{figure[key]:.6g}" for key in ("value", "limit", "rounding"))
