@@ -100,7 +100,7 @@ def test_unequal_numbers_of_tokens_void_the_comparison(tmp_path):
         "decode = common.decode\n" \
         "def cut(r, *rest):\n" \
         "    ids, probs = decode(r, *rest)\n" \
-        "    return ([row[:4] for row in ids] if r.model.device.type == 'npu' else ids), probs\n" \
+        "    return ([[*row[:3], row[-1]] for row in ids] if r.model.device.type == 'npu' else ids), probs\n" \
         "common.decode = cut\n" \
         "sys.exit(eval_performance.main(sys.argv[1:]))"  # fmt: skip
     result = run("-c", code, *QUICK, "--audio", path, environment=FAKE)
