@@ -134,7 +134,7 @@ def run_stages(recognizer: common.Recognizer, paths: list[str], args, timed: Cal
     with timed("read and resample"):
         for path in paths:
             read = common.read_chunks(path, args.chunk_length, lambda message: None)
-            chunks += [(start, end, waveform) for start, end, waveform in read if not inference.is_steady(waveform)]
+            chunks += [chunk for chunk in read if not common.is_steady(chunk[2], common.SAMPLING_RATE)]
     with timed("features"):
         features = [common.extract_features(recognizer.extractor, waveform) for *_, waveform in chunks]
         chunks = [

@@ -47,7 +47,6 @@ FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
 NO_SPEECH_THRESHOLD = 0.7  # openai/whisper's 0.6 lost 6 whole sentences in 1162 inputs, this one 1 (tests/README.md)
-STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # least variation of speech; the steadiest of 475 inputs has 4.9 dB
 QUIETER_DB = 30  # what is more than this below the loudest part of a chunk is a pause,
 NOISE_DB, VOICE_DB = 8, 12  # and what is less than NOISE_DB above the noise, and more than VOICE_DB below the loudest
 FRAME_S = 0.02  # of the encoder's output
@@ -416,7 +415,7 @@ def read_recordings(paths: Iterable[str], extractor, args: argparse.Namespace) -
                 if chunk is not None:
                     yield chunk
                 chunk = Chunk(recording, start, end)
-                if args.no_speech_threshold == 1 or not is_steady(waveform):
+                if args.no_speech_threshold == 1 or not common.is_steady(waveform, common.SAMPLING_RATE):
                     chunk.features = common.extract_features(extractor, waveform)
                     if args.output_format != "txt":  # which has no times
                         chunk.loud_frames = find_loud_frames(waveform)
@@ -430,16 +429,6 @@ def read_recordings(paths: Iterable[str], extractor, args: argparse.Namespace) -
             chunk = Chunk(recording, 0.0, 0.0)
         chunk.is_last = True
         yield chunk
-
-
-def is_steady(waveform: np.ndarray) -> bool:
-    """Whether a waveform at SAMPLING_RATE is so steady that nobody speaks in it, however loud: silence, hum, noise.
-
-    Less than a second is too short to tell, unless it is digital silence.
-    """
-    levels = common.mean_squares(waveform, common.SAMPLING_RATE, STEADY_WINDOW_S)
-    steady = levels.max() <= np.percentile(levels, 10) * 10 ** (STEADY_DB / 10)
-    return bool(steady and (len(waveform) >= common.SAMPLING_RATE or levels.max() == 0))
 
 
 def find_loud_frames(waveform: np.ndarray) -> np.ndarray:

@@ -95,6 +95,34 @@ def test_a_channel_that_the_mix_would_lose(tmp_path, n_channels, hum):
     assert np.corrcoef(np.abs(samples - hums), np.abs(speech))[0, 1] > 0.95  # of either sign
 
 
+def noises(n: int) -> dict[str, np.ndarray]:
+    """What stands on a channel that nobody speaks on: n samples of each kind."""
+    t, rng = np.arange(n) / RATE, np.random.default_rng(0)
+    bits = np.repeat(rng.integers(0, 2, n // 8 + 1), 8)[:n]  # 2000 a second, as timecode has
+    edges = (np.arange(n) % 8 == 0) | (bits & (np.arange(n) % 8 == 4))  # one in the middle for each 1
+    return {"hiss": rng.normal(0, 0.1, n), "hum": np.sin(2 * np.pi * 50 * t) / 2, "silence": np.zeros(n),
+            "timecode": 0.5 * (-1.0) ** np.cumsum(edges)}  # fmt: skip
+
+
+@pytest.mark.parametrize("level", [1, 0.01])
+@pytest.mark.parametrize("kind", ["hiss", "hum", "silence", "timecode"])
+def test_a_channel_that_nobody_speaks_on_is_left_out(tmp_path, kind, level):
+    """On either side, and through a pause of 20 s in which nothing moves on any channel."""
+    speech = synthesize("こんにちは、さようなら", pause_s=20)
+    noise = level * noises(len(speech))[kind].astype(np.float32)
+    for channels in (speech, noise), (noise, speech), (noise, speech, noise):
+        _, samples, warnings = read(write(tmp_path / "a.wav", np.stack(channels, 1), subtype="FLOAT"))
+        assert np.array_equal(samples, speech) and warnings == []
+
+
+def test_two_people_on_two_channels_are_both_heard(tmp_path):
+    first, second = (synthesize(text * 5) for text in ("こんにちは", "さようなら"))
+    waveform = np.zeros((len(first) + len(second), 2), np.float32)
+    waveform[: len(first), 0], waveform[len(first) :, 1] = first, second
+    _, samples, _ = read(write(tmp_path / "a.wav", waveform, subtype="FLOAT"))
+    assert np.all(np.abs(samples) >= 0.499 * np.abs(waveform).max(1))  # whoever speaks, at half the level at least
+
+
 # --- what is no audio, and what is damaged ---
 
 
