@@ -48,7 +48,15 @@ STRETCH_S = 8  # a channel on which nothing moves for so long is left out, if so
 MAX_BLOCK = 1 << 22  # samples of all channels that are read at once
 SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
 FAR_QUIETER = 100  # a factor of power: 20 dB
-UNKNOWN_LENGTH = 1 << 62  # samples: libsndfile gives more than that where it does not know
+UNKNOWN_LENGTH = 1 << 62  # samples or bytes: libsndfile gives more than that where it does not know
+LENGTHS = (  # where formats declare their length: pattern, byte order, bytes that are not counted
+    (rb"RIFF(.{4})(?:WAVE|AVI )", "little", 8),
+    (rb"(?:RF64|BW64).{4}WAVEds64.{4}(.{8})", "little", 8),
+    (rb"riff.{12}(.{8})wave", "little", 0),  # W64
+    (rb"FORM(.{4})AIF", "big", 8),
+    (rb"\.snd(.{4})(.{4})", "big", 0),  # AU: of the header and of the samples
+)
+CAF_CHUNK, AVI_CHUNK = (rb"[ -~]{4}(\0\0.{6})", "big", 12), (rb"RIFF(.{4})AVI[ X]", "little", 8)  # of the same kind
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # characters that end a line or steer a terminal
 
 
@@ -547,14 +555,13 @@ def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]
         yield sound.samplerate, channels
 
 
-def ffmpeg_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
+def ffmpeg_blocks(path: str, file, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
     """The samples of whatever the ffmpeg program reads, as sound_blocks gives them: it writes AU, which libsndfile
     reads from a pipe.
 
     Its exit status decides: what it says of a recording that it could read is a warning. Raises AudioError.
     """
-    with open(path, "rb") as file:
-        head = file.read(8)
+    head = os.pread(file.fileno(), 8, 0)
     # async=1 fills gaps of the clock with silence, but drops sound where the clock stands or steps back: so each frame
     # begins when the clock says or, if that is later, at the end of the frame before, which is kept in variable 0.
     filters = "asetpts='st(1,max(PTS,ld(0)));st(0,ld(1)+S/SR/TB);ld(1)',aresample=async=1"
@@ -587,21 +594,31 @@ def ffmpeg_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int,
         warn(f"ffmpeg broke off after {n_read / rate:.0f} s: {said}")
     elif said:
         warn(f"ffmpeg says: {said}")
-    warn_of_length(path, None, warn)
 
 
-def warn_of_length(path: str, end: int | None, warn: Callable[[str], None]) -> None:
+def declared_end(file) -> int:
+    """The bytes that a recording has by its header; 0 where that does not say it, or has a recorder's placeholder."""
+    head = os.pread(file.fileno(), 48, 0)
+    end = 8 if head[:4] == b"caff" else 0
+    for pattern, byteorder, n_more in LENGTHS:
+        if match := re.match(pattern, head, re.DOTALL):
+            *others, length = (int.from_bytes(group, byteorder) for group in match.groups())
+            is_known = 0 < length < (0x7FFFF000 if len(match[1]) == 4 else UNKNOWN_LENGTH)
+            end = sum(others) + length + n_more if is_known else 0
+    # CAF, and AVI of more than 1 GB, are a row of chunks that each have a length.
+    pattern, byteorder, n_more = CAF_CHUNK if head[:4] == b"caff" else AVI_CHUNK
+    while end and (match := re.match(pattern, os.pread(file.fileno(), 12, end), re.DOTALL)):
+        end += int.from_bytes(match[1], byteorder) + n_more
+    return end
+
+
+def warn_of_length(file, end: int, warn: Callable[[str], None]) -> None:
     """Say how many bytes lie behind the end of a recording, which may be another one, or are missing, where it is much.
 
-    end is where libsndfile stopped. For None, and for what is missing, the headers of WAV and AIFF are asked.
+    end is where reading stopped, in bytes. What the header declares behind that is the recording's own: pictures, say.
     """
-    with open(path, "rb") as file:
-        head, size = file.read(12), os.path.getsize(path)
-    declared = 8 + int.from_bytes(head[4:8], "little" if head[:1] == b"R" else "big")
-    was_written = 8 < declared < 0x7FFFF000  # else the recorder has left a placeholder
-    if not (re.match(rb"RIFF....WAVE|FORM....AIF", head, re.DOTALL) and was_written):
-        declared = size
-    end, much = declared if end is None else end, max(1 << 16, size // 100)
+    size, declared = os.fstat(file.fileno()).st_size, declared_end(file)
+    end, much = max(end, declared), max(1 << 16, size // 100)
     if size - end > much:
         warn(f"{size - end} bytes behind the end that its header declares were not read")
     if declared - size > much:
@@ -614,41 +631,45 @@ def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, n
     warn is called with one line for what may be lost. Raises AudioError.
     """
     check_file(path)
-    yield from mix_down(read_channels(path, warn))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            yield from mix_down(read_channels(path, file, warn))
+            if (new_size := os.fstat(file.fileno()).st_size) != size:
+                warn(f"it had {size} bytes and now has {new_size}: it is still being written, and more may follow")
+    except OSError as error:
+        raise AudioError(error.strerror or first_line(error)) from error
 
 
-def read_channels(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of a recording as sound_blocks gives them, at least once.
+def read_channels(path: str, file, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples of an open file as sound_blocks gives them, at least once.
 
     libsndfile reads what it knows, and the ffmpeg program everything else and, where there is one, MP3 and Ogg, of
     which libsndfile misses what follows the first recording in a file. Raises AudioError.
     """
     has_ffmpeg = shutil.which("ffmpeg") is not None
     n_read, rate, problem = 0, 1, "it has no samples"
-    try:
-        with open(path, "rb", buffering=0) as file:
-            is_for_ffmpeg = has_ffmpeg and re.match(rb"ID3|\xff[\xe0-\xff]|OggS", os.pread(file.fileno(), 4, 0))
-            if not is_for_ffmpeg:
-                with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
-                    for rate, block in sound_blocks(sound):
-                        n_read += block.shape[1]
-                        yield rate, block
-                    if sound.format == "OGG" and n_read < sound.frames < UNKNOWN_LENGTH:
-                        warn(f"damaged: {n_read / rate:.0f} of {sound.frames / rate:.0f} s can be read")
-                    if n_read:
-                        warn_of_length(path, file.tell(), warn)
-    except soundfile.LibsndfileError as error:
-        problem = error.error_string.rstrip(".")
-        if n_read:
-            warn(f"damaged after {n_read / rate:.0f} s ({error.error_string}): what follows is lost")
-    except OSError as error:
-        raise AudioError(error.strerror or first_line(error)) from error
+    if not (has_ffmpeg and re.match(rb"ID3|\xff[\xe0-\xff]|OggS", os.pread(file.fileno(), 4, 0))):
+        try:
+            with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+                for rate, block in sound_blocks(sound):
+                    n_read += block.shape[1]
+                    yield rate, block
+                if sound.format == "OGG" and n_read < sound.frames < UNKNOWN_LENGTH:
+                    warn(f"damaged: {n_read / rate:.0f} of {sound.frames / rate:.0f} s can be read")
+                if n_read:
+                    warn_of_length(file, file.tell(), warn)
+        except soundfile.LibsndfileError as error:
+            problem = error.error_string.rstrip(".")
+            if n_read:
+                warn(f"damaged after {n_read / rate:.0f} s ({error.error_string}): what follows is lost")
     if n_read:
         return
     if not has_ffmpeg:
         remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
         raise AudioError(f"not audio that libsndfile reads ({problem}); {remedy}")
-    yield from ffmpeg_blocks(path, warn)
+    yield from ffmpeg_blocks(path, file, warn)
+    warn_of_length(file, declared_end(file) or os.fstat(file.fileno()).st_size, warn)
 
 
 def mean_squares(waveform: np.ndarray, rate: int, window_s: float) -> np.ndarray:

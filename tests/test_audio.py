@@ -311,16 +311,54 @@ def test_joined_recordings_are_heard_to_the_end(tmp_path, ffmpeg, extension, cod
     assert_alike(samples[-2 * rate :], synthesize("さようなら", rate)[-2 * rate :], rate)
 
 
-@pytest.mark.parametrize("format", ["wav", "aiff"])
-@pytest.mark.parametrize("n_copies, words", [
-    (2, "bytes behind the end that its header declares were not read"),  # joined by cat
-    (0.5, "bytes that its header declares are missing at the end"),  # a copy that was broken off
-])  # fmt: skip
-def test_bytes_behind_the_end_and_missing_bytes_are_counted(tmp_path, ffmpeg, format, n_copies, words):
-    path = encode(ffmpeg, synthesize("こんにちは" * 10, 48_000), 48_000, tmp_path / "a", "-f", format)
+@pytest.mark.parametrize("format, codec", [("wav", "pcm_s16le"), ("wav", "adpcm_ms"), ("rf64", "pcm_s16le"),
+    ("aiff", "pcm_s16be"), ("au", "pcm_s16be"), ("caf", "pcm_s16be"), ("w64", "pcm_s16le"), ("avi", "pcm_s16le"),
+    ("avi", "libmp3lame")])  # fmt: skip
+def test_bytes_behind_the_end_and_missing_bytes_are_counted(tmp_path, ffmpeg, format, codec):
+    options = ["-rf64", "always"] if format == "rf64" else []
+    options += ["-c:a", codec, "-f", format.replace("rf64", "wav")]
+    path = encode(ffmpeg, synthesize("こんにちは" * 10, 48_000), 48_000, tmp_path / "a", *options)
     data = path.read_bytes()
-    path.write_bytes((2 * data)[: int(n_copies * len(data))])
-    assert read(path)[2] == [f"{abs(path.stat().st_size - len(data))} {words}"]
+    _, samples, warnings = read(path)
+    assert warnings == []
+    path.write_bytes(data[: len(data) * 6 // 10])  # a copy that was broken off
+    missing = len(data) - len(data) * 6 // 10
+    assert f"{missing} bytes that its header declares are missing at the end" in read(path)[2]
+    path.write_bytes(2 * data)  # joined by cat; of W64 and AVI the second is read too
+    _, twice, warnings = read(path)
+    if len(twice) < 2 * len(samples):
+        n_bytes = int(warnings[0].removesuffix(" bytes behind the end that its header declares were not read"))
+        assert n_bytes == pytest.approx(len(data), abs=100_000)  # it reads ahead
+
+
+@pytest.mark.parametrize("format", ["WAV", "AIFF", "CAF"])
+def test_pictures_and_notes_behind_the_sound_are_the_recording_s_own(tmp_path, format):
+    """Cover art, XMP, the overviews of an editor: chunks within the declared length. Another recording is not."""
+    path = Path(write(tmp_path / "a", synthesize("こんにちは"), format=format))
+    data, notes = path.read_bytes(), bytes(300_000)
+    if format == "CAF":
+        data += b"ovvw" + struct.pack(">q", len(notes)) + notes
+    else:
+        order = "<" if format == "WAV" else ">"
+        chunk = b"NOTE" + struct.pack(f"{order}I", len(notes)) + notes
+        [size] = struct.unpack(f"{order}I", data[4:8])
+        data = data[:4] + struct.pack(f"{order}I", size + len(chunk)) + data[8:] + chunk
+    path.write_bytes(data)
+    assert read(path)[2] == []
+    path.write_bytes(2 * data)
+    assert read(path)[2] == [f"{len(data)} bytes behind the end that its header declares were not read"]
+
+
+@pytest.mark.parametrize("extension, codec", [("wav", "pcm_s16le"), ("flac", "flac"), ("mkv", "flac"), ("ts", "mp2")])
+def test_a_recording_that_is_still_being_written(tmp_path, ffmpeg, extension, codec):
+    path = encode(ffmpeg, synthesize("こんにちは" * 20), RATE, tmp_path / f"a.{extension}", "-c:a", codec)
+    size, warnings = path.stat().st_size, []
+    blocks = common.read_blocks(str(path), warnings.append)
+    next(blocks)
+    with path.open("ab") as file:
+        file.write(bytes(100))
+    assert sum(len(block) for _, block in blocks) > 20 * RATE
+    assert f"it had {size} bytes and now has {size + 100}: it is still being written, and more may follow" in warnings
 
 
 def test_ffmpeg_that_ends_with_an_error_on_the_way(tmp_path, monkeypatch):
