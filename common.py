@@ -56,6 +56,8 @@ LENGTHS = (  # where formats declare their length: pattern, byte order, bytes th
     (rb"FORM(.{4})AIF", "big", 8),
     (rb"\.snd(.{4})(.{4})", "big", 0),  # AU: of the header and of the samples
 )
+# With one of these begins each frame of S/PDIF (IEC 61937) and of DTS, in words of 14 or 16 bits and either byte order.
+SYNC_WORDS = (b"\x72\xf8\x1f\x4e", b"\xff\x1f\0\xe8", b"\x1f\xff\xe8\0", b"\xfe\x7f\1\x80", b"\x7f\xfe\x80\1")
 CAF_CHUNK, AVI_CHUNK = (rb"[ -~]{4}(\0\0.{6})", "big", 12), (rb"RIFF(.{4})AVI[ X]", "little", 8)  # of the same kind
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # characters that end a line or steer a terminal
 
@@ -561,20 +563,26 @@ def ffmpeg_blocks(path: str, file, warn: Callable[[str], None]) -> Iterator[tupl
 
     Its exit status decides: what it says of a recording that it could read is a warning. Raises AudioError.
     """
-    head = os.pread(file.fileno(), 8, 0)
+    head = os.pread(file.fileno(), 10, 0)
     # async=1 fills gaps of the clock with silence, but drops sound where the clock stands or steps back: so each frame
     # begins when the clock says or, if that is later, at the end of the frame before, which is kept in variable 0.
     filters = "asetpts='st(1,max(PTS,ld(0)));st(0,ld(1)+S/SR/TB);ld(1)',aresample=async=1"
     if re.match(rb"ID3|\xff[\xe0-\xff]|\x0b\x77", head):  # MP3, AAC and AC-3 have no clock
         filters = "anull"
-    # first_pts=0 keeps the silence before a sound that begins later than the picture, in MP4 and Matroska; in broadcast
-    # streams it would repeat sound where the format changes.
-    if re.match(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3", head, re.DOTALL):
+    # first_pts=0 keeps the silence before a sound that begins later than the picture, in MP4, Matroska, FLV, WMV and
+    # MPEG; in broadcast streams it would repeat sound where the format changes.
+    if re.match(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|FLV|0&\xb2u|\0\0\x01\xba", head, re.DOTALL):
         filters += ":first_pts=0"
     # file: keeps a name like concat:x from being taken for a protocol. A jump of a transport stream's clock by up to
     # 60 s, not 10, is a gap; a longer one means a new clock.
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-dts_delta_threshold", "60", "-i", f"file:{path}", "-vn"]
-    command += ["-af", filters, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
+    command = ["ffmpeg", "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-dts_delta_threshold", "60"]
+    if re.match(rb"RF64|BW64", head):
+        command += ["-ignore_length", "1"]  # libsndfile cannot read it: its recorder did not write the length
+    if head[:3] == b"ID3":  # of tags ffmpeg says what is no loss of sound
+        command += ["-skip_initial_bytes", str(10 + sum(head[9 - i] << 7 * i for i in range(4)))]
+    command += ["-i", f"file:{path}", "-vn", "-af", filters, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
+    if head[:4] == b"\0\0\1\xba":  # the clock of MPEG begins with the streams that are used: so the picture is used too
+        command += ["-map", "0:V:0?", "-map", "0:a:0", "-c", "copy", "-f", "null", "-"]
     rate, n_read = 1, 0
     with tempfile.TemporaryFile() as messages:  # a pipe that nobody reads could block ffmpeg
         with (
@@ -586,13 +594,15 @@ def ffmpeg_blocks(path: str, file, warn: Callable[[str], None]) -> Iterator[tupl
                 n_read += block.shape[1]
                 yield rate, block
         messages.seek(0)
-        lines = (line.decode(errors="replace").strip() for line in messages)
-        said = next((line for line in lines if line and not line.startswith("ERROR: ld.so:")), "")
+        log = messages.read().decode(errors="replace").strip()
+    pictures = "|".join(re.findall(r"\[info\].* Video: (\w+)", log)) or "no picture"  # of which the codec may complain
+    errors = re.findall(rf"^(?!\[(?:{pictures}) @)(.*)\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
+    said = "".join(errors[0]) if errors else log.rpartition("\n")[2]
     if n_read == 0:
         raise AudioError(f"no sound in it that ffmpeg can read ({said or 'it does not say why'})")
     if process.returncode != 0:
         warn(f"ffmpeg broke off after {n_read / rate:.0f} s: {said}")
-    elif said:
+    elif errors:
         warn(f"ffmpeg says: {said}")
 
 
@@ -647,9 +657,11 @@ def read_channels(path: str, file, warn: Callable[[str], None]) -> Iterator[tupl
     libsndfile reads what it knows, and the ffmpeg program everything else and, where there is one, MP3 and Ogg, of
     which libsndfile misses what follows the first recording in a file. Raises AudioError.
     """
-    has_ffmpeg = shutil.which("ffmpeg") is not None
+    has_ffmpeg, head = shutil.which("ffmpeg") is not None, os.pread(file.fileno(), 1 << 16, 0)
     n_read, rate, problem = 0, 1, "it has no samples"
-    if not (has_ffmpeg and re.match(rb"ID3|\xff[\xe0-\xff]|OggS", os.pread(file.fileno(), 4, 0))):
+    if re.match(rb"(RIFF|RF64|BW64)....WAVE", head, re.DOTALL) and max(map(head.count, SYNC_WORDS)) > 2:
+        problem = "in place of samples it has a bitstream such as DTS"  # which libsndfile would take for noise
+    elif not (has_ffmpeg and re.match(rb"ID3|\xff[\xe0-\xff]|OggS", head)):
         try:
             with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
                 for rate, block in sound_blocks(sound):

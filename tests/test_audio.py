@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import common
+import hostile
 import numpy as np
 import pytest
 import soundfile
@@ -267,11 +268,63 @@ def test_the_reason_is_ffmpeg_s_and_not_a_line_of_the_dynamic_loader(tmp_path, f
     assert "moov atom not found" in error_of(path)
 
 
+def fourteen_bits(stream: bytes) -> bytes:
+    """A DTS stream in words of 14 bits, as on a CD: little endian, each with two more bits of its sign."""
+    words = []
+    for frame in stream.split(stream[:4])[1:]:
+        bits = np.unpackbits(np.frombuffer(stream[:4] + frame, np.uint8))
+        words.append(np.pad(bits, (0, -len(bits) % 28)).reshape(-1, 14))
+    words = np.concatenate(words)
+    return np.packbits(words[:, [0, 0, *range(14)]], axis=1)[:, ::-1].tobytes()
+
+
+@pytest.mark.parametrize("format, codec, pack", [
+    ("spdif", "ac3", bytes), ("spdif", "dca", bytes), ("dts", "dca", bytes), ("dts", "dca", fourteen_bits),
+    ("dts", "dca", lambda stream: np.frombuffer(stream, ">u2").astype("<u2").tobytes()),
+])  # fmt: skip
+def test_a_bitstream_that_the_header_calls_samples(tmp_path, ffmpeg, monkeypatch, format, codec, pack):
+    speech, path = synthesize("こんにちは" * 3, 48_000), tmp_path / "a.wav"
+    options = ["-c:a", codec, "-strict", "-2", "-b:a", "384k" if codec == "ac3" else "768k", "-f", format]
+    stream = encode(ffmpeg, stereo(speech), 48_000, tmp_path / "a", *options).read_bytes()
+    path.write_bytes(hostile.riff(pack(stream), channels=2, rate=48_000, bytes_per_s=192_000, block=4))
+    rate, samples, _ = read(path)
+    assert_alike(samples, speech, rate)
+    assert abs(len(samples) - len(speech)) < 0.1 * rate
+    monkeypatch.setenv("PATH", "")
+    assert "a bitstream such as DTS" in error_of(path)
+
+
+def test_rf64_whose_recorder_was_stopped_before_it_wrote_the_lengths(tmp_path, ffmpeg):
+    samples = np.random.default_rng(0).integers(-9999, 9999, RATE)
+    path = encode(ffmpeg, samples / 32768, RATE, tmp_path / "a.wav", "-rf64", "always", "-fflags", "+bitexact")
+    data = bytearray(path.read_bytes())
+    data[20:44] = bytes(24)  # of the file, of the samples, and their number
+    path.write_bytes(data)
+    _, got, warnings = read(path)
+    assert np.array_equal(np.round(got * 32768), samples) and warnings == []
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_ffmpeg_says_of_tags_is_no_warning_and_what_it_says_of_the_sound_is(tmp_path, ffmpeg, damaged):
+    """A comment without its byte order mark, and a cover that is no picture."""
+    sound = encode(ffmpeg, synthesize("こんにちは" * 5), RATE, tmp_path / "a.mp3", "-id3v2_version", "0").read_bytes()
+    sound = sound[:9000] + bytes(3000) + sound[12_000:] if damaged else sound
+    comment, cover = b"\1jpn\0\0" + "コメント".encode("utf-16-le"), b"\0image/jpeg\0\3\0\xff\xd8\xff" + bytes(99)
+    frames = ((b"COMM", comment), (b"APIC", cover))
+    tag = b"".join(name + struct.pack(">IH", len(frame), 0) + frame for name, frame in frames)
+    path = tmp_path / "a.mp3"
+    path.write_bytes(b"ID3\3\0\0" + bytes([0, 0, len(tag) >> 7, len(tag) & 127]) + tag + sound)
+    shown = subprocess.run([ffmpeg, "-v", "error", "-i", path, "-f", "null", "-"], capture_output=True).stderr
+    assert b"BOM" in shown
+    assert [warning[:13] for warning in read(path)[2]] == ["ffmpeg says: "] * damaged
+
+
 PICTURE = ["-f", "lavfi", "-i", "testsrc=size=160x120:rate=25:duration=8"]
 
 
 @pytest.mark.parametrize("extension, video, audio", [("mp4", "mpeg4", "aac"), ("mov", "mpeg4", "pcm_s16le"),
-    ("mkv", "mpeg4", "flac"), ("webm", "libvpx", "libopus")])  # fmt: skip
+    ("mkv", "mpeg4", "flac"), ("webm", "libvpx", "libopus"), ("flv", "flv", "aac"), ("wmv", "wmv2", "wmav2"),
+    ("mpg", "mpeg1video", "mp2"), ("vob", "mpeg2video", "ac3")])  # fmt: skip
 def test_a_sound_that_begins_later_than_the_picture(tmp_path, ffmpeg, extension, video, audio):
     wav = write(tmp_path / "a.wav", synthesize("こんにちは", 48_000), 48_000)
     command = [ffmpeg, "-v", "error", *PICTURE, "-itsoffset", "4", "-i", wav, "-c:v", video, "-c:a", audio]
@@ -364,7 +417,7 @@ def test_a_recording_that_is_still_being_written(tmp_path, ffmpeg, extension, co
 def test_ffmpeg_that_ends_with_an_error_on_the_way(tmp_path, monkeypatch):
     """No damage brings both ffmpeg to that; a full disk or too little memory would."""
     write(tmp_path / "b.au", synthesize("こんにちは"), subtype="FLOAT")
-    (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\ncat '{tmp_path}/b.au'; echo out of ink >&2; exit 69\n")
+    (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\ncat '{tmp_path}/b.au'; echo '[error] out of ink' >&2; exit 69\n")
     (tmp_path / "ffmpeg").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "a.m4a").write_bytes(bytes(1000))
