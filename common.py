@@ -17,12 +17,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 from tqdm import tqdm
 
-# Else `import torch` fails where torch_npu is installed and CANN is not; import_torch_npu turns that into one line.
+# Else `import torch` fails where torch_npu is installed and CANN is not; start_npu turns that into one line.
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else the C++ of torch writes a backtrace for what it raises
 # OpenMP's threads then sleep soon where they wait. By default they spin, so that all takes ten times as long where
@@ -154,12 +155,6 @@ def write_stdout(text: str) -> None:
         raise SetupError(f"cannot write to stdout: {error.strerror}") from error
 
 
-def report_json(report: dict) -> str:
-    """The report of an evaluation as JSON, in which NaN and infinity, which JSON does not have, are null."""
-    content = json.loads(json.dumps(report), parse_constant=lambda name: None)
-    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-
-
 def run_script(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Call run(args) and return the exit status; where the run ends early, one line on stderr says why."""
     with contextlib.suppress(AttributeError):  # a StringIO in the place of stdout takes any text
@@ -179,63 +174,13 @@ def run_script(run: Callable[[argparse.Namespace], int], args: argparse.Namespac
 # --- Device ---
 
 
-def npu_problem(error: BaseException) -> str:
-    """The end of a message about an NPU that does not start: the error in brackets, and what to do."""
-    scripts = "/usr/local/Ascend/cann/set_env.sh (CANN 8.5 and later) or /usr/local/Ascend/ascend-toolkit/set_env.sh"
-    remedy = "see in npu-smi info what holds it"
-    if re.search("libascend_hal|driver", str(error), re.IGNORECASE):
-        remedy = "mount the driver, /usr/local/Ascend/driver, into the container"
-    elif re.search("lib[a-z_]+[.]so|ASCEND_[A-Z]+|set_env|500001", str(error)):
-        remedy = f"source {scripts}, and install the Python packages that CANN needs"
-    return f"({first_line(error)}): {remedy}"
-
-
-def import_torch_npu():
-    """The module torch_npu, which adds torch.npu. Raises SetupError where it cannot be loaded."""
-    try:
-        import torch_npu
-    except Exception as error:  # torch_npu raises a plain Exception where CANN is incomplete
-        sys.modules["torch_npu"] = None  # else transformers imports it again, unguarded
-        if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
-            remedy = f"install the torch-npu that goes with torch {torch.__version__.partition('+')[0]}"
-            raise SetupError(f"torch_npu is not installed: {remedy}") from error
-        raise SetupError(f"torch_npu cannot be loaded {npu_problem(error)}") from error
-    return torch_npu
-
-
-def use_exact_gelu(torch_npu) -> None:
-    """Make transformers call the exact GELU on an NPU; to be called before a model is loaded.
-
-    F.gelu of torch_npu 2.9.0 computes the tanh approximation, but Whisper was trained with the exact function.
-    """
-    gelu = torch.nn.functional.gelu
-    torch.nn.functional.gelu = lambda x, approximate="none": (torch_npu.npu_gelu if x.device.type == "npu" else gelu)(
-        x, approximate=approximate
-    )
-
-
-def start_npu(index: int | None, local_rank: int) -> int:
-    """Start an NPU, by default number local_rank modulo their count; returns its index. Raises SetupError."""
-    torch_npu = import_torch_npu()
-    try:
-        count = torch.npu.device_count() if torch.npu.is_available() else 0
-        if count == 0:
-            visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
-            raise SetupError(f"no NPU is visible (ASCEND_RT_VISIBLE_DEVICES: {visible}): see what npu-smi info lists")
-        index = local_rank % count if index is None else index  # several processes may share an NPU
-        if index >= count:
-            raise SetupError(f"npu:{index} is out of range: npu:0 to npu:{count - 1} are visible")
-        torch.npu.set_device(index)
-        # Else torch_npu 2.9.0.post1 sends conv1d through its slow legacy compiler on Ascend910B.
-        torch.npu.config.allow_internal_format = False
-        torch.npu.set_compile_mode(jit_compile=False)
-        torch.zeros(1, device=f"npu:{index}")  # a busy NPU counts as available until it is used
-        torch.npu.synchronize()
-    except (RuntimeError, AssertionError) as error:
-        raise SetupError(f"npu:{index or 0} does not start {npu_problem(error)}") from error
-    if hasattr(torch_npu, "npu_gelu"):
-        use_exact_gelu(torch_npu)
-    return index
+NPU_REMEDIES = {  # what to do, by what torch_npu or CANN says
+    "No module named 'torch_npu'": f"install the torch-npu that goes with torch {torch.__version__.partition('+')[0]}",
+    "libascend_hal|driver": "mount the driver, /usr/local/Ascend/driver, into the container",
+    "lib[a-z_]+[.]so|ASCEND_[A-Z]+|set_env|500001": "source /usr/local/Ascend/cann/set_env.sh (CANN 8.5 and later) or "
+    "/usr/local/Ascend/ascend-toolkit/set_env.sh, and install the Python packages that CANN needs",
+    "": "see in npu-smi info what holds it",
+}
 
 
 def select_device(name: str | None, local_rank: int = 0) -> torch.device:
@@ -258,6 +203,51 @@ def select_device(name: str | None, local_rank: int = 0) -> torch.device:
     if kind == "cuda" and index >= torch.cuda.device_count():
         raise SetupError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
     return torch.device(kind, index if kind == "cuda" else None)
+
+
+def start_npu(index: int | None, local_rank: int) -> int:
+    """Start an NPU, by default number local_rank modulo their count; returns its index. Raises SetupError."""
+    try:
+        import torch_npu
+    except Exception as error:  # torch_npu raises a plain Exception where CANN is incomplete
+        sys.modules["torch_npu"] = None  # else transformers imports it again, unguarded
+        raise npu_error("torch_npu cannot be loaded", error) from error
+    try:
+        count = torch.npu.device_count() if torch.npu.is_available() else 0
+        if count == 0:
+            visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
+            raise SetupError(f"no NPU is visible (ASCEND_RT_VISIBLE_DEVICES: {visible}): see what npu-smi info lists")
+        index = local_rank % count if index is None else index  # several processes may share an NPU
+        if index >= count:
+            raise SetupError(f"npu:{index} is out of range: npu:0 to npu:{count - 1} are visible")
+        torch.npu.set_device(index)
+        # Else torch_npu 2.9.0.post1 sends conv1d through its slow legacy compiler on Ascend910B.
+        torch.npu.config.allow_internal_format = False
+        torch.npu.set_compile_mode(jit_compile=False)
+        torch.zeros(1, device=f"npu:{index}")  # a busy NPU counts as available until it is used
+        torch.npu.synchronize()
+    except (RuntimeError, AssertionError) as error:
+        raise npu_error(f"npu:{index or 0} does not start", error) from error
+    if hasattr(torch_npu, "npu_gelu"):
+        use_exact_gelu(torch_npu)
+    return index
+
+
+def npu_error(problem: str, error: BaseException) -> SetupError:
+    """The error to raise where an NPU does not start: the problem, its cause in brackets, and what to do."""
+    remedy = next(remedy for said, remedy in NPU_REMEDIES.items() if re.search(said, str(error), re.IGNORECASE))
+    return SetupError(f"{problem} ({first_line(error)}): {remedy}")
+
+
+def use_exact_gelu(torch_npu) -> None:
+    """Make transformers call the exact GELU on an NPU; to be called before a model is loaded.
+
+    F.gelu of torch_npu 2.9.0 computes the tanh approximation, but Whisper was trained with the exact function.
+    """
+    gelu = torch.nn.functional.gelu
+    torch.nn.functional.gelu = lambda x, approximate="none": (torch_npu.npu_gelu if x.device.type == "npu" else gelu)(
+        x, approximate=approximate
+    )
 
 
 def select_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -317,13 +307,17 @@ def environment(device: torch.device) -> dict[str, object]:
 # --- Model ---
 
 
+def untimed(stage: str) -> None:
+    """Do nothing: what a recognizer's lap is, unless a stopwatch stands in its place."""
+
+
 @dataclass(frozen=True)
 class Recognizer:
     """A Whisper model on its device, with all that is needed to use it.
 
     The tensors are on the device too. prompt, (PROMPT_LENGTH,) int64: the tokens that every text begins with.
     token_mask, (2, n_vocab) float32: added to the logits; -inf forbids a token. Row 0 is for the first token of a text,
-    row 1 for all others.
+    row 1 for all others. lap is called with the name of each stage of the work when it ends.
     """
 
     model: torch.nn.Module
@@ -331,29 +325,21 @@ class Recognizer:
     tokenizer: Callable
     prompt: torch.Tensor
     token_mask: torch.Tensor
+    lap: Callable[[str], None] = untimed
 
 
 def download_model(name: str) -> str:
     """The folder with the files of a model on the hub, downloaded if they are not there yet. Raises SetupError."""
     import huggingface_hub
 
-    if os.path.exists(name):
-        raise SetupError(f"--model {name}: this is a file, not the folder of a model")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise SetupError(f"--model {name}: no such folder, and no model id of the form owner/name")
     try:
         patterns = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
-        reason = f"{first_line(error)}: the hub has no such model, or you have to log in first (hf auth login)"
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        reason = f"{first_line(error.__cause__ or error)}: set HF_ENDPOINT=https://hf-mirror.com, or name a folder "
-        reason += "that has the model with --model"
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            reason = "it was not downloaded before, and HF_HUB_OFFLINE forbids it now: unset HF_HUB_OFFLINE"
-    except Exception as error:  # a full disk, a model that is not there, whatever the network raises
-        reason = f"{first_line(error)}: is --model right, and is there room in the cache (HF_HOME)?"
-    raise SetupError(f"cannot download the model {name}: {reason}")
+    except Exception as error:  # no such model, a full disk, whatever the network raises
+        reason = first_line(error.__cause__ or error)
+        remedy = "check the name (a private model needs hf auth login); where the hub cannot be reached, set "
+        remedy += "HF_ENDPOINT=https://hf-mirror.com, or name a folder that has the model"
+        raise SetupError(f"--model {name}: no such folder, and no download ({reason}): {remedy}") from error
 
 
 def prompt_of(generation, tokenizer, language: str, task: str) -> list[int]:
@@ -362,6 +348,9 @@ def prompt_of(generation, tokenizer, language: str, task: str) -> list[int]:
     Raises SetupError where the model does not know the language, and ValueError where its tokenizer is another model's.
     """
     languages = getattr(generation, "lang_to_id", None) or {}
+    if not languages and getattr(generation, "is_multilingual", True):
+        raise SetupError("the model's generation_config.json is an old one, without the ids of its languages: put that "
+                         "of the openai/whisper model from which it was trained in its place")  # fmt: skip
     if f"<|{language}|>" not in languages:
         known = " ".join(sorted(token.strip("<|>") for token in languages)) or "none (it is not multilingual)"
         raise SetupError(f"--language {language}: not a language of this model, which knows {known}")
@@ -373,59 +362,11 @@ def prompt_of(generation, tokenizer, language: str, task: str) -> list[int]:
     return ids
 
 
-def needs_cpu_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention is cpu_attention: torch's own is slow in bfloat16 on a CPU without AMX, and fast with it."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
-
-
-def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
-    """Attention as transformers asks for it, in bfloat16 on a CPU: (batch, n_heads, n, head_dim) each to
-    (batch, n, n_heads, head_dim).
-
-    A single query, as in decoding, is two products of a matrix and a vector in float32. The encoder's whole window goes
-    one head at a time, so that its scores stay in the cache.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    n_query, n_key = query.shape[2], key.shape[2]
-    if n_query == 1:
-        query3, key3, value3 = (states.float().flatten(0, 1) for states in (query, key, value))
-        weights = torch.bmm(key3, query3.transpose(1, 2)).transpose(1, 2).softmax(-1)
-        context = torch.bmm(value3.transpose(1, 2), weights.transpose(1, 2)).to(query.dtype)
-        return context.view(query.shape).transpose(1, 2), None
-    if n_query < n_key or module.is_causal:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    context, scores = query.new_empty(query.transpose(1, 2).shape), query.new_empty(n_query, n_key)
-    heads = (states.flatten(0, 1) for states in (query, key, value))
-    for q, k, v, out in zip(*heads, (out for row in context for out in row.unbind(1)), strict=True):
-        torch.mm(q, k.T, out=scores)
-        torch.softmax(scores, -1, out=scores)
-        torch.mm(scores, v, out=out)
-    return context, None
-
-
-def pack_linears(model: torch.nn.Module) -> None:
-    """Store the weights of a bfloat16 model in the order that the CPU reads fastest, and compute the encoder's GELU
-    together with the linear before it. The model cannot be moved to another device afterwards.
-
-    torch has no public functions for that; where it lacks these, nothing is done.
-    """
-    if not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return
-    pack, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-    with_gelu = {layer.fc1 for layer in model.model.encoder.layers}
-    for module in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
-        module.weight = torch.nn.Parameter(pack(module.weight.detach(), 1), requires_grad=False)
-        kind = "gelu" if module in with_gelu else "none"
-        module.forward = lambda x, m=module, kind=kind: linear(x, m.weight, m.bias, kind, [], "none")
-    for layer in model.model.encoder.layers:
-        layer.activation_fn = torch.nn.Identity()
-
-
 def load_weights(folder: str, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     """The model of a folder, from safetensors and without remote code. Raises ValueError where weights are missing."""
     import transformers
 
+    transformers.logging.disable_progress_bar()  # that of weights in several files, which a log would keep
     transformers.AttentionInterface.register("cpu_attention", cpu_attention)
     transformers.AttentionMaskInterface.register("cpu_attention", transformers.masking_utils.sdpa_mask)
     model, report = transformers.WhisperForConditionalGeneration.from_pretrained(
@@ -449,11 +390,18 @@ def load_model(
     transformers.logging.set_verbosity_error()  # what it warns of is checked here, and said in one line
     folder = name if os.path.isdir(name) else download_model(name)
     try:
+        if adapter := [file for file in os.listdir(folder) if file.startswith("adapter_")]:
+            remedy = "merge it into the model first (merge_and_unload of peft), and name the folder of the result"
+            raise SetupError(f"--model {name}: its LoRA adapter ({adapter[0]}) would not be applied: {remedy}")
         generation = transformers.GenerationConfig.from_pretrained(folder)
-        processor = transformers.WhisperProcessor.from_pretrained(folder)
-        prompt = torch.tensor(prompt_of(generation, processor.tokenizer, language, task))
+        extractor = transformers.WhisperFeatureExtractor.from_pretrained(folder)
+        try:  # transformers 5 saves a list under this name, which transformers 4 does not load and does not need
+            tokenizer = transformers.WhisperTokenizerFast.from_pretrained(folder, extra_special_tokens={})
+        except Exception as error:  # transformers gives a false reason: it asks for the library protobuf
+            raise ValueError("its tokenizer.json or tokenizer_config.json is missing or broken") from error
+        prompt = torch.tensor(prompt_of(generation, tokenizer, language, task))
         model = load_weights(folder, dtype, "cpu_attention" if needs_cpu_attention(device, dtype) else "sdpa")
-        config, extractor = model.config, processor.feature_extractor
+        config = model.config
         found = extractor.feature_size, extractor.n_samples, extractor.nb_max_frames, config.max_target_positions
         needed = config.num_mel_bins, WINDOW_S * SAMPLING_RATE, 2 * config.max_source_positions, N_POSITIONS
         if found != needed:
@@ -471,20 +419,7 @@ def load_model(
         model = model.to(device)
         if device.type == "cpu" and dtype == torch.bfloat16:
             pack_linears(model)
-        return Recognizer(model, extractor, processor.tokenizer, prompt.to(device), token_mask.to(device))
-
-
-def endless(recognizer: Recognizer) -> Recognizer:
-    """A copy that never ends its text and so always decodes to the limit: equal work, whatever the model hears."""
-    token_mask = recognizer.token_mask.clone()
-    token_mask[:, recognizer.tokenizer.eos_token_id] = -math.inf
-    return replace(recognizer, token_mask=token_mask)
-
-
-def sweep() -> np.ndarray:
-    """The default input of the evaluations: a sine from 200 to 800 Hz in three seconds, (48000,) float32."""
-    t = np.arange(3 * SAMPLING_RATE) / SAMPLING_RATE
-    return (0.5 * np.sin(2 * np.pi * (200 * t + 100 * t**2))).astype(np.float32)
+        return Recognizer(model, extractor, tokenizer, prompt.to(device), token_mask.to(device))
 
 
 # --- Audio: path -> waveform -> chunks ---
@@ -740,24 +675,52 @@ def import_librosa():
     return librosa
 
 
-def read_chunks(
-    path: str, chunk_length_s: float, warn: Callable[[str], None]
-) -> Iterator[tuple[float, float, np.ndarray]]:
-    """The chunks of a recording: start and end in seconds, waveform (n_samples,) float32 at SAMPLING_RATE.
+@dataclass(eq=False)
+class Chunk:
+    """A stretch of a recording that is decoded at once; start and end in seconds from the recording's beginning."""
+
+    start: float
+    end: float
+    waveform: np.ndarray  # (n_samples,) float32 at SAMPLING_RATE
+
+
+def read_chunks(path: str, chunk_length_s: float, warn: Callable[[str], None]) -> Iterator[Chunk]:
+    """The chunks of a recording, at least one, which tile it.
 
     warn is called with one line for what may be lost. Raises AudioError, and SetupError as import_librosa does.
     """
     blocks = read_blocks(path, warn)
     rate, block = next(blocks)
-    for first, waveform in split_at_pauses(itertools.chain([block], (block for _, block in blocks)), rate,
-                                           chunk_length_s):  # fmt: skip
+    blocks = itertools.chain([block], (block for _, block in blocks))
+    for first, waveform in split_at_pauses(blocks, rate, chunk_length_s):
         start, end = first / rate, (first + len(waveform)) / rate
         if rate != SAMPLING_RATE:
             waveform = import_librosa().resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
-        yield start, end, waveform[: WINDOW_S * SAMPLING_RATE]  # rounding may add a sample
+        yield Chunk(start, end, waveform[: WINDOW_S * SAMPLING_RATE])  # rounding may add a sample
 
 
 # --- Recognition: chunks -> token ids ---
+
+
+class Decoded(NamedTuple):
+    """What the model makes of a batch."""
+
+    token_ids: list[list[int]]  # of each row, without the prompt, to the end of the text or the limit
+    no_speech_probs: list[float]  # how likely it is that a row holds no speech
+    encoded: torch.Tensor  # the encoder's output, (batch, n_positions, d_model)
+
+
+def generate(recognizer: Recognizer, features: list[torch.Tensor], max_new_tokens: int) -> Decoded:
+    """Encode and decode a batch of features, each as extract_features gives them. Raises DeviceError."""
+    model = recognizer.model
+    with torch.inference_mode(), device_errors(model.device):
+        inputs = torch.cat(features).to(model.device, model.dtype)
+        recognizer.lap("copy to the device")
+        encoded = encode(model, inputs)
+        recognizer.lap("encoder")
+        decoded = Decoded(*decode(recognizer, encoded, max_new_tokens), encoded)
+        recognizer.lap("decode")
+        return decoded
 
 
 def extract_features(extractor: Callable, waveform: np.ndarray) -> torch.Tensor:
@@ -800,7 +763,7 @@ def decode(
     """
     from transformers import DynamicCache, EncoderDecoderCache
 
-    model, end, token_mask = recognizer.model, recognizer.tokenizer.eos_token_id, recognizer.token_mask
+    model, eos, token_mask = recognizer.model, recognizer.tokenizer.eos_token_id, recognizer.token_mask
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     token_ids = recognizer.prompt.expand(len(encoded), -1)  # a copy from the host would wait for the encoder
     positions = torch.arange(PROMPT_LENGTH + max_new_tokens, device=model.device)
@@ -814,29 +777,102 @@ def decode(
         if i == 0:
             no_speech_probs = logits[:, 0].softmax(-1).index_select(1, recognizer.prompt[-1:] - 1)[:, 0]
             if needs_cpu_attention(model.device, model.dtype):
-                for layer in cache.cross_attention_cache.layers:  # laid out once, as cpu_attention reads them fastest
-                    layer.keys = layer.keys.float()
-                    layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)
+                lay_out_for_cpu(cache.cross_attention_cache)
         chosen.append((logits[:, -1] + token_mask[min(i, 1)]).max(-1))
-        ended |= chosen[i].indices == end
+        ended |= chosen[i].indices == eos
         if (i + 1) % CHECK_EVERY == 0 and ended.all():
             break
         token_ids, position = chosen[i].indices[:, None], positions[PROMPT_LENGTH + i : PROMPT_LENGTH + i + 1]
     rows = torch.stack([step.indices for step in chosen], 1).tolist()
-    rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
+    rows = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
     scores = torch.stack([step.values for step in chosen], 1).tolist()
     if not all(np.isfinite(of_row[: len(row)]).all() for row, of_row in zip(rows, scores, strict=True)):
-        remedy = "--dtype bfloat16 or float32 may hold them" if model.dtype == torch.float16 else "is the model whole?"
-        raise DeviceError(f"{model.device} computes NaN or infinity in {dtype_name(model.dtype)}: {remedy}")
+        raise nan_error(model)
     return rows, no_speech_probs.tolist()
 
 
-def generate(
-    recognizer: Recognizer, features: list[torch.Tensor], max_new_tokens: int
-) -> tuple[list[list[int]], list[float], torch.Tensor]:
-    """Encode and decode a batch of features: token ids and no-speech probabilities as decode gives them, and the
-    encoder's output. Raises DeviceError."""
-    model = recognizer.model
-    with torch.inference_mode(), device_errors(model.device):
-        encoded = encode(model, torch.cat(features).to(model.device, model.dtype))
-        return *decode(recognizer, encoded, max_new_tokens), encoded
+def nan_error(model: torch.nn.Module) -> DeviceError:
+    """The error to raise where a model has computed NaN or infinity."""
+    remedy = "--dtype bfloat16 or float32 may hold them" if model.dtype == torch.float16 else "is the model whole?"
+    return DeviceError(f"{model.device} computes NaN or infinity in {dtype_name(model.dtype)}: {remedy}")
+
+
+# --- Kernels for bfloat16 on a CPU ---
+
+
+def needs_cpu_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention is cpu_attention: torch's own is slow in bfloat16 on a CPU without AMX, and fast with it."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+
+
+def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
+    """Attention as transformers asks for it, in bfloat16 on a CPU: (batch, n_heads, n, head_dim) each to
+    (batch, n, n_heads, head_dim).
+
+    A single query, as in decoding, is two products of a matrix and a vector in float32. The encoder's whole window goes
+    one head at a time, so that its scores stay in the cache.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    n_query, n_key = query.shape[2], key.shape[2]
+    if n_query == 1:
+        query3, key3, value3 = (states.float().flatten(0, 1) for states in (query, key, value))
+        weights = torch.bmm(key3, query3.transpose(1, 2)).transpose(1, 2).softmax(-1)
+        context = torch.bmm(value3.transpose(1, 2), weights.transpose(1, 2)).to(query.dtype)
+        return context.view(query.shape).transpose(1, 2), None
+    if n_query < n_key or module.is_causal:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    context, scores = query.new_empty(query.transpose(1, 2).shape), query.new_empty(n_query, n_key)
+    heads = (states.flatten(0, 1) for states in (query, key, value))
+    for q, k, v, out in zip(*heads, (out for row in context for out in row.unbind(1)), strict=True):
+        torch.mm(q, k.T, out=scores)
+        torch.softmax(scores, -1, out=scores)
+        torch.mm(scores, v, out=out)
+    return context, None
+
+
+def lay_out_for_cpu(cross_attention_cache) -> None:
+    """Store the keys and values of the encoder's output once as cpu_attention reads them fastest."""
+    for layer in cross_attention_cache.layers:
+        layer.keys = layer.keys.float()
+        layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)
+
+
+def pack_linears(model: torch.nn.Module) -> None:
+    """Store the weights of a bfloat16 model in the order that the CPU reads fastest, and compute the encoder's GELU
+    together with the linear before it. The model cannot be moved to another device afterwards.
+
+    torch has no public functions for that; where it lacks these, nothing is done.
+    """
+    if not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return
+    pack, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    with_gelu = {layer.fc1 for layer in model.model.encoder.layers}
+    for module in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        module.weight = torch.nn.Parameter(pack(module.weight.detach(), 1), requires_grad=False)
+        kind = "gelu" if module in with_gelu else "none"
+        module.forward = lambda x, m=module, kind=kind: linear(x, m.weight, m.bias, kind, [], "none")
+    for layer in model.model.encoder.layers:
+        layer.activation_fn = torch.nn.Identity()
+
+
+# --- For the evaluations ---
+
+
+def endless(recognizer: Recognizer) -> Recognizer:
+    """A copy that never ends its text and so always decodes to the limit: equal work, whatever the model hears."""
+    token_mask = recognizer.token_mask.clone()
+    token_mask[:, recognizer.tokenizer.eos_token_id] = -math.inf
+    return replace(recognizer, token_mask=token_mask)
+
+
+def sweep() -> np.ndarray:
+    """The default input of the evaluations: a sine from 200 to 800 Hz in three seconds, (48000,) float32."""
+    t = np.arange(3 * SAMPLING_RATE) / SAMPLING_RATE
+    return (0.5 * np.sin(2 * np.pi * (200 * t + 100 * t**2))).astype(np.float32)
+
+
+def report_json(report: dict) -> str:
+    """The report of an evaluation as JSON, in which NaN and infinity, which JSON does not have, are null."""
+    content = json.loads(json.dumps(report), parse_constant=lambda name: None)
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"

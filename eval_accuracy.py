@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # Python leaves that out with -P and -I
 import common  # before torch: it sets how that is imported
 import torch
 
@@ -162,7 +163,7 @@ def forbid_hf32(device: torch.device) -> None:
         try:
             torch.npu.matmul.allow_hf32 = torch.npu.conv.allow_hf32 = False
         except RuntimeError as error:
-            raise common.SetupError(f"{device} cannot switch HF32 off {common.npu_problem(error)}") from error
+            raise common.npu_error(f"{device} cannot switch HF32 off", error) from error
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
 
@@ -182,14 +183,14 @@ def measure(
     clips, left_out, other = [], [], None
     for i, path in enumerate(paths):
         try:
-            chunks = [(0, 3, common.sweep())]
+            chunks = [common.Chunk(0, 3, common.sweep())]
             if path is not None:
                 chunks = common.read_chunks(path, args.chunk_length, lambda text, path=path:
                                             common.notice(f"warning: {path}: {text}"))  # fmt: skip
-            for start, end, waveform in chunks:
-                clips.append(Clip(f"{path or 'sweep'}, {start:.1f} to {end:.1f} s", i))
+            for chunk in chunks:
+                clips.append(Clip(f"{path or 'sweep'}, {chunk.start:.1f} to {chunk.end:.1f} s", i))
                 common.notice(f"recording {i + 1} of {len(paths)}: {clips[-1].name}")
-                features = common.extract_features(reference.extractor, waveform)
+                features = common.extract_features(reference.extractor, chunk.waveform)
                 expected = Reference(reference, features, candidate.model.dtype, args.max_new_tokens)
                 # The first clip reversed in time is another input, which shares all batches.
                 other = other or Reference(reference, features.flip(-1), candidate.model.dtype, args.max_new_tokens)

@@ -5,7 +5,8 @@
     python3 eval_performance.py --batch-sizes 1,4,16    # full windows
 
 A run is what inference.py does, from the file to the text. The stages are timed
-in runs of their own, one after another, while inference.py reads ahead on an NPU.
+in runs of their own, in which each stage waits for the one before it to end;
+inference.py itself reads ahead while an NPU computes.
 Synthetic audio is decoded to --max-new-tokens in every chunk, because what a
 model finds in it, and so the work, would differ between devices.
 
@@ -13,13 +14,15 @@ Exit status: 0 measured; 1 the devices decoded unequal numbers of tokens, so tha
 their times cannot be compared; 2 nothing could be measured; 130 interrupted.
 """
 import argparse
-import contextlib
+import os
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # Python leaves that out with -P and -I
 import common  # before torch: it sets how that is imported
 import numpy as np
 import soundfile
@@ -54,7 +57,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="Measure S seconds of sweeps too.")  # fmt: skip
     common.add_model_options(parser, max_new_tokens=128)
     add = parser.add_argument_group("measurement").add_argument
-    add("--times", action="store_true", help="Compute times too, as inference.py does for subtitles and JSON.")
     add("--batch-size", type=count, metavar="N", help="How many chunks are decoded together. (default: 16, on a CPU 8)")
     add("--warmup", type=count, default=2, metavar="N",
         help="How many runs come before those that count; the first is the cold one. (default: %(default)s)")
@@ -71,17 +73,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what the arguments say; the exit status. Raises SetupError."""
-    args.output_format = "json" if args.times else "txt"
-    started_s = time.perf_counter()
     device = common.select_device(args.device)
-    start_s = time.perf_counter() - started_s
-    import transformers  # here, after the device is chosen: seconds that each device's loading would have
+    from transformers import WhisperForConditionalGeneration  # noqa: F401  (its import counts for no device)
 
-    transformers.WhisperForConditionalGeneration  # noqa: B018  (imported when it is used)
-    import_s = time.perf_counter() - started_s - start_s
-    columns = [measure_device(torch.device("cpu"), import_s, args)]
+    columns = [measure_device(torch.device("cpu"), args)]
     if device.type != "cpu":
-        columns.append(measure_device(device, import_s + start_s, args))
+        columns.append(measure_device(device, args))
     counts = [[m["n_tokens"] for m in column["measurements"]] for column in columns]
     report = {
         "model": args.model, "comparable": counts[0] == counts[-1], "columns": columns,
@@ -112,55 +109,36 @@ def synthesize(path: str, duration_s: float) -> str:
     return path
 
 
-def run_once(recognizer: common.Recognizer, paths: list[str], args: argparse.Namespace) -> float:
-    """Turn recordings into text, and where args say so into times, as inference.py does: the seconds of audio.
+class Stopwatch:
+    """Adds up the seconds of each stage: called with its name when it ends, it counts what has passed since the last
+    call."""
 
-    Raises SetupError.
+    def __init__(self, device: torch.device):
+        """Start it."""
+        self.device, self.last_s, self.stages_s = device, clock(device), dict.fromkeys(STAGES, 0.0)
+
+    def __call__(self, stage: str) -> None:
+        """Take the time of a stage."""
+        now_s = clock(self.device)
+        self.stages_s[stage] += now_s - self.last_s
+        self.last_s = now_s
+
+
+def run_once(recognizer: common.Recognizer, paths: list[str], args: argparse.Namespace) -> list[inference.Chunk]:
+    """Transcribe recordings as inference.py does, up to the text that it would write: their chunks.
+
+    Only real audio is decoded again where the model has not heard it whole. Raises SetupError.
     """
-    audio_s = 0.0
-    for recording in inference.transcribe(recognizer, paths, args):
+    chunks = []
+    for recording in inference.transcribe(recognizer, paths, args, decode_again=args.audio == paths):
         if recording.error is not None:
             raise common.SetupError(f"{recording.path}: {recording.error}")
-        inference.render(recording, args.output_format, "ja")
-        audio_s += recording.duration
-    return audio_s
-
-
-@torch.inference_mode()
-def run_stages(recognizer: common.Recognizer, paths: list[str], args, timed: Callable) -> tuple[int, int]:
-    """The same work, all recordings a stage after the other, each in the context timed(stage): the number of windows
-    that were encoded and of tokens that were decoded."""
-    model, chunks, n_tokens = recognizer.model, [], 0
-    with timed("read and resample"):
-        for path in paths:
-            read = common.read_chunks(path, args.chunk_length, lambda message: None)
-            chunks += [chunk for chunk in read if not common.is_steady(chunk[2], common.SAMPLING_RATE)]
-    with timed("features"):
-        features = [common.extract_features(recognizer.extractor, waveform) for *_, waveform in chunks]
-        chunks = [
-            inference.Chunk(None, start, end, loud_frames=inference.find_loud_frames(waveform) if args.times else None)
-            for start, end, waveform in chunks
-        ]
-    for first in range(0, len(chunks), args.batch_size):
-        batch = chunks[first : first + args.batch_size]
-        with timed("copy to the device"):
-            inputs = torch.cat(features[first : first + args.batch_size]).to(model.device, model.dtype)
-        with timed("encoder"):
-            encoded = common.encode(model, inputs)
-        with timed("decode"):
-            token_ids, no_speech_probs = common.decode(recognizer, encoded, args.max_new_tokens)
-        with timed("text"):
-            for chunk, ids, prob in zip(batch, token_ids, no_speech_probs, strict=True):
-                inference.set_text(chunk, recognizer.tokenizer, ids, prob, args.no_speech_threshold)
-        if args.times:
-            with timed("times"):
-                weights = inference.cross_attention(recognizer, encoded, [chunk.token_ids for chunk in batch])
-                for chunk, of_chunk in zip(batch, weights, strict=True):
-                    inference.set_times(chunk, recognizer.tokenizer, of_chunk)
-        n_tokens += sum(map(len, token_ids))
-    if n_tokens == 0:
+        inference.render(recording, "txt", "ja")
+        recognizer.lap("text")
+        chunks += recording.chunks
+    if not any(chunk.n_decoded for chunk in chunks):
         raise common.SetupError("there is nothing to measure: no chunk of the audio has sound that changes")
-    return len(chunks), n_tokens
+    return chunks
 
 
 def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: argparse.Namespace) -> dict:
@@ -173,79 +151,48 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: a
     memory = torch.get_device_module(device) if device.type != "cpu" else None
     if memory:
         memory.reset_peak_memory_stats(device)
-
-    @contextlib.contextmanager
-    def timed(stage: str) -> Iterator[None]:
-        """Add the seconds that the block takes to the last sample of a stage."""
-        started_s = clock(device)
-        yield
-        stages_s[stage][-1] += clock(device) - started_s
-
     for i in range(n_runs):
         started_s = clock(device)
-        audio_s = run_once(recognizer, paths, args)
+        chunks = run_once(recognizer, paths, args)
         samples_s.append(clock(device) - started_s)
-        for samples in stages_s.values():
-            samples.append(0.0)
-        n_windows, n_tokens = run_stages(recognizer, paths, args, timed)
+        stopwatch = Stopwatch(device)
+        run_once(replace(recognizer, lap=stopwatch), paths, args)
+        for stage, seconds in stopwatch.stages_s.items():
+            stages_s[stage].append(seconds)
         if i == 0:
             common.notice(f"{label} on {device}: the first of {2 * n_runs} runs took {samples_s[0]:.1f} s")
+    samples_s, first_s = samples_s[args.warmup :], samples_s[0]
+    stages_s = {stage: samples[args.warmup :] for stage, samples in stages_s.items()}
     return {
-        "label": label, "audio_s": audio_s, "n_windows": n_windows, "n_tokens": n_tokens, "first_s": samples_s[0],
-        "samples_s": samples_s[args.warmup :], "median_s": float(np.median(samples_s[args.warmup :])),
-        "stages_s": {stage: samples[args.warmup :] for stage, samples in stages_s.items()},
-        "stage_medians_s": {stage: float(np.median(samples[args.warmup :])) for stage, samples in stages_s.items()},
+        "label": label, "audio_s": sum(chunk.end - chunk.start for chunk in chunks),
+        "n_windows": sum(chunk.n_windows for chunk in chunks), "n_tokens": sum(chunk.n_decoded for chunk in chunks),
+        "first_s": first_s, "samples_s": samples_s, "median_s": float(np.median(samples_s)), "stages_s": stages_s,
+        "stage_medians_s": {stage: float(np.median(samples)) for stage, samples in stages_s.items()},
         "peak_bytes": memory.max_memory_allocated(device) if memory else None,
     }  # fmt: skip
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations in a second of a product of two matrices, of the size that is computed fastest: what
-    the device can do at best."""
-    best = 0.0
-    for size in (512, 1024, 2048, 4096, 8192):
-        a, b = torch.randn(2, size, size).to(device, dtype)
-        seconds = []
-        for _ in range(3):
-            started_s = clock(device)
-            a @ b
-            seconds.append(clock(device) - started_s)
-        best = max(best, 2 * size**3 / min(seconds))
-        if min(seconds) > 0.05:  # a larger one would take long, and be no faster
-            break
-    return best
-
-
-def encoder_operations(config) -> float:
-    """Floating-point operations of the encoder for a window: convolutions, linears and the products of attention."""
-    n, d = config.max_source_positions, config.d_model
-    convolutions = 2 * 3 * (2 * n * config.num_mel_bins * d + n * d * d)
-    layer = 8 * n * d * d + 4 * n * n * d + 4 * n * d * config.encoder_ffn_dim
-    return convolutions + config.encoder_layers * layer
-
-
-def measure_device(device: torch.device, start_s: float, args: argparse.Namespace) -> dict:
+def measure_device(device: torch.device, args: argparse.Namespace) -> dict:
     """Load the model on a device and measure every input on it. Raises SetupError."""
-    args = argparse.Namespace(**vars(args))
-    args.batch_size = args.batch_size or common.default_batch_size(device)
-    dtype = common.select_dtype(args.dtype, device)
+    batch_size, dtype = args.batch_size or common.default_batch_size(device), common.select_dtype(args.dtype, device)
     with common.device_errors(device), tempfile.TemporaryDirectory() as folder:
         started_s = clock(device)
         recognizer = common.load_model(args.model, device, dtype)
-        loaded_in_s = start_s + clock(device) - started_s
+        loaded_in_s = clock(device) - started_s
+        endless = common.endless(recognizer)
+        inputs = [(recognizer, "recordings", args.audio, batch_size)]
+        if not args.audio:
+            inputs = [(endless, "sweep", [synthesize(f"{folder}/sweep.wav", 3)], batch_size)]
         window = synthesize(f"{folder}/window.wav", common.WINDOW_S)
-        inputs = [(f"batch of {n}", [window] * n, n) for n in args.batch_sizes]
-        inputs += [(f"{s:g} s", [synthesize(f"{folder}/{s:g}.wav", s)], args.batch_size) for s in args.durations]
-        if args.audio:
-            measurements = [measure(recognizer, "recordings", args.audio, args)]
-        else:
-            measurements, inputs = [], [("sweep", [synthesize(f"{folder}/sweep.wav", 3)], args.batch_size), *inputs]
-        for label, paths, args.batch_size in inputs:
-            measurements.append(measure(common.endless(recognizer), label, paths, args))
+        inputs += [(endless, f"batch of {n}", [window] * n, n) for n in args.batch_sizes]
+        inputs += [(endless, f"{s:g} s", [synthesize(f"{folder}/{s:g}.wav", s)], batch_size) for s in args.durations]
+        measurements = [
+            measure(model, label, paths, argparse.Namespace(**vars(args) | {"batch_size": n}))
+            for model, label, paths, n in inputs
+        ]
         return {
             "name": f"{device}, {common.dtype_name(dtype)}", "environment": common.environment(device),
-            "loaded_in_s": loaded_in_s, "measurements": measurements, "matrix_rate": matrix_rate(device, dtype),
-            "encoder_operations": encoder_operations(recognizer.model.config),
+            "loaded_in_s": loaded_in_s, "measurements": measurements,
         }  # fmt: skip
 
 
@@ -271,11 +218,10 @@ def describe(column: dict, cpu: dict) -> dict[str, str]:
         "loaded in (s)": f"{column['loaded_in_s']:.1f}",
     }
     rows |= {f"{stage} (ms)": f"{1000 * seconds:.1f}" for stage, seconds in stages_s.items() if seconds}
+    rows["encoder (ms)"] += f", {1000 * stages_s['encoder'] / m['n_windows']:.1f} a window"
     rows["decode (ms)"] += f", {1000 * stages_s['decode'] / n_tokens:.2f} a token"
     sum_s = sum(stages_s.values())
     rows["sum of the stages (ms)"] = f"{1000 * sum_s:.1f}, {100 * sum_s / median_s:.0f} % of the time"
-    rate, best = m["n_windows"] * column["encoder_operations"] / stages_s["encoder"], column["matrix_rate"]
-    rows["encoder (GFLOP/s)"] = f"{rate / 1e9:.0f}, {rate / best:.2f} of the {best / 1e9:.0f} of a matrix product"
     rows["peak memory (MB)"] = f"{m['peak_bytes'] / 1e6:.0f}" if m["peak_bytes"] else ""
     for other in others:
         audio_s, median_s = other["audio_s"], other["median_s"]

@@ -13,11 +13,13 @@ interrupted; 141 the reader of stdout has gone.
 """
 import argparse
 import contextlib
+import errno
 import html
 import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import secrets
 import sys
@@ -30,30 +32,39 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # Python leaves that out with -P and -I
 import common  # before torch: it sets how that is imported
 import numpy as np
 import soundfile
 import torch
 from tqdm import tqdm
 
-AUDIO_EXTENSIONS = (
-    ".3g2", ".3ga", ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".asf", ".au", ".avi", ".awb",
-    ".caf", ".dss", ".dts", ".eac3", ".f4v", ".flac", ".flv", ".m2t", ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv",
-    ".mov", ".mp2", ".mp3", ".mp4", ".mpc", ".mpeg", ".mpg", ".mpga", ".mts", ".mxf", ".oga", ".ogg", ".ogv", ".opus",
-    ".qt", ".ra", ".rf64", ".rm", ".snd", ".spx", ".ts", ".tta", ".vob", ".voc", ".w64", ".wav", ".wave", ".weba",
-    ".webm", ".wma", ".wmv", ".wv",
+AUDIO_EXTENSIONS = (  # of what libsndfile or ffmpeg reads without being told its sampling rate
+    ".3g2", ".3ga", ".3gp", ".3gp2", ".3gpp", ".3gpp2", ".722", ".8svx", ".aa3", ".aac", ".ac3", ".adts", ".adx",
+    ".aif", ".aifc", ".aiff", ".amr", ".ape", ".asf", ".au", ".avi", ".avr", ".awb", ".bwf", ".caf", ".caff", ".dff",
+    ".divx", ".dsf", ".dss", ".dts", ".dtshd", ".dv", ".eac3", ".ec3", ".f4v", ".flac", ".flv", ".g722", ".g723_1",
+    ".g729", ".gsm", ".ircam", ".isma", ".ismv", ".latm", ".loas", ".m1a", ".m2a", ".m2p", ".m2t", ".m2ts", ".m4a",
+    ".m4b", ".m4r", ".m4v", ".mk3d", ".mka", ".mkv", ".mlp", ".mov", ".mp2", ".mp3", ".mp4", ".mpa", ".mpc", ".mpeg",
+    ".mpg", ".mpga", ".msbc", ".mts", ".mxf", ".nist", ".nut", ".oga", ".ogg", ".ogm", ".ogv", ".ogx", ".oma", ".omg",
+    ".opus", ".paf", ".pvf", ".qcp", ".qt", ".ra", ".rf64", ".rm", ".rmvb", ".sbc", ".sds", ".shn", ".sln", ".snd",
+    ".sph", ".spx", ".svx", ".tak", ".thd", ".trp", ".ts", ".tta", ".vob", ".voc", ".vqf", ".w64", ".wav", ".wave",
+    ".weba", ".webm", ".wma", ".wmv", ".wtv", ".wv", ".wve", ".xwma",
 )  # fmt: skip
+# Folders for what programs keep and for what was thrown away, on Linux, macOS, Windows and network drives
+HIDDEN = r"[.$].*|[#@]recycle|recycle[dr]|#snapshot|@eaDir|lost[+]found|System Volume Information"
 FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
 NO_SPEECH_THRESHOLD = 0.7  # openai/whisper's 0.6 lost 6 whole sentences in 1162 inputs, this one 1 (tests/README.md)
+LOGPROB_LIMIT = -1.0  # openai/whisper's: below it a text is not to be believed
+UNHEARD_S = 1.0  # of loud sound without a character: shorter ones are coughs and chairs
 QUIETER_DB = 30  # what is more than this below the loudest part of a chunk is a pause,
 NOISE_DB, VOICE_DB = 8, 12  # and what is less than NOISE_DB above the noise, and more than VOICE_DB below the loudest
 FRAME_S = 0.02  # of the encoder's output
 CLICK_FRAMES = 5  # of which most are loud where someone speaks: keys and gusts are shorter
 N_HEADS = 10  # attention heads that are used, at most: the best number in arXiv 2509.09987
-FASTEST = 20  # tokens in a second of speech: twice as many as anyone speaks
-LONGEST_TOKEN_S = 2.0  # of loud sound; a longer token shows that the alignment has missed text
+FASTEST = 20  # characters in a second of speech: twice as many as anyone speaks
+LONGEST_UNIT_S = 2.0  # of loud sound; a character that takes longer shows that the alignment has missed text
 SHORT_PAUSE_S = 0.2  # ends a token; at 0.3 a sentence that follows after 0.1 s of silence is shown 0.2 s early
 LONG_PAUSE_S = 0.7  # ends a cue
 LINE_CELLS, CUE_LINES = 16, 2  # full-width characters in a line of a subtitle, and lines of it (Netflix: 13 to 16, 2)
@@ -93,27 +104,30 @@ class Recording:
 
 
 @dataclass(eq=False)
-class Chunk:
-    """A stretch of a recording that is decoded at once; start and end in seconds from the recording's beginning."""
+class Chunk(common.Chunk):
+    """A chunk on its way from the sound to the text and its times."""
 
     recording: Recording
-    start: float
-    end: float
     is_last: bool = False  # of its recording
+    is_part: bool = False  # of a chunk that the model has not heard whole
     features: torch.Tensor | None = None  # input_features, until it is decoded
     loud_frames: np.ndarray | None = None  # as find_loud_frames gives them
     # What set_text finds out:
     text: str = ""
+    n_windows: int = 0  # that were decoded for it, of a part's chunk too,
+    n_decoded: int = 0  # and their tokens, with ends and repetitions
     token_ids: list[int] = field(default_factory=list)  # of the text, and the end of the text
     no_speech_prob: float | None = None  # None where it was not decoded
     compression_ratio: float = 0.0
     left_out: bool = True  # not in the text: it is steady and was not decoded, or the model finds no speech in it
     token_limit: bool = False  # decoding ended at the token limit: text may be missing
     looping: bool = False  # the decoder repeated itself; the text keeps the first turn
+    avg_logprob: float | None = None  # mean log-probability of its tokens; None where it was not decoded
     # What set_times finds out:
     token_starts: set[int] = field(default_factory=set)  # the characters of the text that a token begins with
     times: np.ndarray | None = None  # start and end of each character, from the recording's beginning, (n, 2) in s
     aligned: bool = False  # the times are from the decoder's attention
+    silent_frames: list[int] = field(default_factory=list)  # loud ones of which no character has any
 
 
 # --- Command ---
@@ -140,26 +154,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt", help="all, and srt, vtt and tsv of several "
         "recordings, need --output-dir. (default: %(default)s)")  # fmt: skip
     add("--skip-existing", action="store_true", help="Skip the recordings whose outputs are all in --output-dir.")
-    parser.set_defaults(local_rank=0)  # among the processes of torchrun on this machine
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
-    several = torch.distributed.is_torchelastic_launched()
-    return common.run_script(run_with_others if several else run, parse_arguments(argv))
+    args = parse_arguments(argv)
+    return common.run_script(run_with_others if torch.distributed.is_torchelastic_launched() else run, args)
 
 
 def run_with_others(args: argparse.Namespace) -> int:
     """Run the command as one of torchrun's processes; the worst exit status of all.
 
-    All wait for the last, because torchrun stops the others when one fails. Raises SetupError.
+    Each ends its own run with its own line, and all wait for the last, because torchrun stops the others when one
+    fails. Raises SetupError.
     """
     try:
-        args.local_rank = int(os.environ["LOCAL_RANK"])
         torch.distributed.init_process_group("gloo", timeout=START_TIMEOUT)
         everyone = torch.distributed.new_group(timeout=END_TIMEOUT)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         remedy = "start with torchrun, or unset TORCHELASTIC_RUN_ID, which an earlier torchrun has left"
         raise common.SetupError(f"torchrun's processes do not find each other ({common.first_line(error)}): {remedy}"
                                 ) from error  # fmt: skip
@@ -181,35 +194,57 @@ def run(args: argparse.Namespace) -> int:
     for option, given in (("--skip-existing", args.skip_existing), ("more than one process", world_size > 1)):
         if given and args.output_dir is None:
             raise common.SetupError(f"{option} needs --output-dir")
-    inputs, failed = find_audio(args.audio)
-    args.many = len(inputs) + len(failed) > 1
-    outputs, unwritable = plan_outputs(inputs, args)
-    args.is_bilingual = "bilingual" in args.model
-    args.text_language = args.language if args.task == "transcribe" or args.is_bilingual else "en"
+    inputs, failed, notes = find_audio(args.audio)
+    several = len(inputs) + len(failed) > 1
+    outputs = plan_outputs(inputs, args, several)
     totals = Counter()
-    for recording in [*failed, *unwritable] if rank == 0 else []:
-        count(recording, totals)
+    if rank == 0:
+        for note in notes:
+            common.notice(note)
+        for recording in failed:
+            count(recording, totals)
     # The longest first, so that all processes have about the same to do.
     mine = sorted(outputs, key=os.path.getsize, reverse=True)[rank::world_size] if world_size > 1 else list(outputs)
     paths = [path for path in mine if not (args.skip_existing and all(map(os.path.isfile, outputs[path])))]
     totals["skipped"] = len(mine) - len(paths)
     if paths:
-        transcribe_files(paths, outputs, totals, args)
+        # On stdout each of several recordings is one line.
+        stdout_format = "line" if several and args.output_format == "txt" else args.output_format
+        transcribe_files(paths, outputs, stdout_format, totals, args)
     elif totals["skipped"] or world_size > 1:
         common.notice(closing_line(totals))
     return int(totals["failed"] > 0)
 
 
-def transcribe_files(paths: list[str], outputs: dict[str, list[str]], totals: Counter, args) -> None:
+def transcribe_files(
+    paths: list[str], outputs: dict[str, list[str]], stdout_format: str, totals: Counter, args: argparse.Namespace
+) -> None:
     """Load the model, transcribe recordings and write their outputs. Raises SetupError, also where some are left."""
-    started_s = time.perf_counter()
-    recognizer = load(args)
+    started_s, language = time.perf_counter(), args.language
+    if args.task == "translate" and "bilingual" not in args.model:
+        language = "en"
+        common.notice("kotoba-whisper-v2.0 was trained for Japanese transcription only; to translate, use --model "
+                      "kotoba-tech/kotoba-whisper-bilingual-v1.0 with --language en (or ja, from English)")  # fmt: skip
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if torch.distributed.is_initialized() else 0
+    device = common.select_device(args.device, local_rank)
+    common.import_librosa()  # here, where it counts as loading and a failure ends the run
+    dtype = common.select_dtype(args.dtype, device)
+    recognizer = common.load_model(args.model, device, dtype, args.language, args.task)
     loaded_s, failure, n_left = time.perf_counter(), None, len(paths)
-    with progress_bar(paths) as bar:
+    progress = Progress(paths)
+    as_heard = args.output_dir is None and stdout_format == "txt"  # then there is one recording
+
+    def on_chunk(chunk: Chunk) -> None:
+        """Show the progress, and the text where it need not wait for the end of its recording."""
+        progress.add(chunk)
+        if as_heard:
+            common.write_stdout(plain_text(chunk))
+
+    with progress.bar:
         try:
-            for recording in transcribe(recognizer, paths, args, progress(bar, totals, len(paths))):
-                if recording.error is None:
-                    deliver(recording, outputs[recording.path], args)
+            for recording in transcribe(recognizer, paths, args, on_chunk):
+                if recording.error is None and not as_heard:
+                    deliver(recording, outputs[recording.path], stdout_format, language)
                 count(recording, totals)
                 n_left -= 1
         except common.DeviceError as error:
@@ -220,65 +255,47 @@ def transcribe_files(paths: list[str], outputs: dict[str, list[str]], totals: Co
         raise common.SetupError(f"{failure}; recordings not reached: {n_left} ({remedy})")
 
 
-def load(args: argparse.Namespace) -> common.Recognizer:
-    """The model on the device that the arguments name. Raises SetupError."""
-    if args.task == "translate" and not args.is_bilingual:
-        common.notice("kotoba-whisper-v2.0 was trained for Japanese transcription only; to translate, use --model "
-                      "kotoba-tech/kotoba-whisper-bilingual-v1.0 with --language en (or ja, from English)")  # fmt: skip
-    device = common.select_device(args.device, args.local_rank)
-    if args.output_format != "txt":
-        common.import_librosa()  # here, where it counts as loading and a failure ends the run
-    return common.load_model(args.model, device, common.select_dtype(args.dtype, device), args.language, args.task)
+class Progress:
+    """Shows how far a run is: a bar in seconds of audio on a terminal, else a line every LOG_EVERY_S."""
 
+    def __init__(self, paths: list[str]):
+        """Begin at zero; the bar has a total where one recording is all and libsndfile knows its length."""
+        total = None
+        if len(paths) == 1 and sys.stderr is not None and sys.stderr.isatty():
+            with contextlib.suppress(soundfile.SoundFileError, OSError), open(paths[0], "rb") as file:
+                total = soundfile.info(file).duration
+        done = "{n:.0f} s of audio" if total is None else "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s of audio"
+        off = torch.distributed.is_initialized() or None  # None: where stderr is no terminal
+        self.bar = tqdm(total=total, disable=off, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
+        self.n_recordings, self.n_done, self.done_s = len(paths), 0, 0.0
+        self.started_s = self.said_s = time.perf_counter()
 
-def progress_bar(paths: list[str]) -> tqdm:
-    """A bar in seconds of audio on a terminal, with a total where one recording is all and libsndfile knows it."""
-    total = None
-    if len(paths) == 1 and sys.stderr is not None and sys.stderr.isatty():
-        with contextlib.suppress(soundfile.SoundFileError, OSError), open(paths[0], "rb") as file:
-            total = soundfile.info(file).duration
-    done = "{n:.0f} s of audio" if total is None else "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s of audio"
-    off = torch.distributed.is_initialized() or None  # None: where stderr is no terminal
-    return tqdm(total=total, disable=off, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
-
-
-def progress(bar: tqdm, totals: Counter, n_recordings: int) -> Callable[[float], None]:
-    """A function that takes the seconds of audio done since its last call and shows them, on the bar or, without a
-    terminal, in a line every LOG_EVERY_S."""
-    started_s = said_s = time.perf_counter()
-    done_s, n_before = 0.0, totals["recordings"]  # those that failed before anything was read
-
-    def update(seconds: float) -> None:
-        """Show that so many seconds more are done."""
-        nonlocal said_s, done_s
-        done_s += seconds
-        bar.update(seconds)
-        if bar.disable and (now_s := time.perf_counter()) - said_s >= LOG_EVERY_S:
-            said_s = now_s
-            n_done = totals["recordings"] - n_before
-            common.notice(f"{done_s:.0f} s of audio done, {n_done} of {n_recordings} recordings, "
-                          f"{done_s / (now_s - started_s):.3g} times real time")  # fmt: skip
-
-    return update
+    def add(self, chunk: Chunk) -> None:
+        """Count a chunk as done, and its recording where it is the last one."""
+        self.done_s += chunk.end - chunk.start
+        self.bar.update(chunk.end - chunk.start)
+        if self.bar.disable and (now_s := time.perf_counter()) - self.said_s >= LOG_EVERY_S:
+            self.said_s = now_s
+            common.notice(f"{self.done_s:.0f} s of audio done, {self.n_done} of {self.n_recordings} recordings, "
+                          f"{self.done_s / (now_s - self.started_s):.3g} times real time")  # fmt: skip
+        self.n_done += chunk.is_last
 
 
 def count(recording: Recording, totals: Counter) -> None:
     """Add a recording to the totals, and say it where it failed or has no speech."""
-    totals["recordings"] += 1
-    totals["warnings"] += len(recording.warnings)
+    totals.update(recordings=1, warnings=len(recording.warnings))
     if recording.error is not None:
         totals["failed"] += 1
         common.notice(f"error: {recording.path}: {recording.error}")
         return
-    totals["audio_s"] += recording.duration
-    for chunk in recording.chunks:
-        totals["left_out"] += chunk.left_out
-        totals["token_limit"] += chunk.token_limit and not chunk.left_out
-        totals["looping"] += chunk.looping and not chunk.left_out
-    if all(chunk.left_out for chunk in recording.chunks):
-        probs = [chunk.no_speech_prob for chunk in recording.chunks if chunk.no_speech_prob is not None]
-        why = f"the model gives that a probability of {min(probs):.2f} or more" if probs else "nothing in it moves"
-        common.notice(f"{recording.path}: no speech: {why}")
+    kept = [chunk for chunk in recording.chunks if not chunk.left_out]
+    totals.update(audio_s=recording.duration, left_out=len(recording.chunks) - len(kept))
+    totals.update(again=sum(chunk.is_part for chunk in recording.chunks) // 2)
+    totals.update(token_limit=sum(chunk.token_limit for chunk in kept), looping=sum(chunk.looping for chunk in kept))
+    if not kept:
+        decoded = any(chunk.n_decoded for chunk in recording.chunks)
+        why = "the model finds none" if decoded else "nothing in it moves"
+        common.notice(f"{recording.path}: no speech: {why} (--no-speech-threshold 1 keeps all)")
 
 
 def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, model=None) -> str:
@@ -289,43 +306,70 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
     if model is not None:
         line += f", {audio_s:.1f} s of audio in {taken_s:.1f} s ({audio_s / taken_s:.3g} times real time) on "
         line += f"{model.device} in {common.dtype_name(model.dtype)}, loaded in {load_s:.1f} s"
-    for name, noun, rest in (("warnings", "warning", ""), ("left_out", "chunk", " without speech"),
-                             ("token_limit", "chunk", " cut off at the token limit"), ("looping", "chunk", " looping")):
-        line += f"; {totals[name]} {noun}{'s' * (totals[name] != 1)}{rest}" if totals[name] else ""
+    for name, one, rest in (
+        ("warnings", "warning", ""), ("again", "chunk", " decoded again"), ("left_out", "chunk", " without speech"),
+        ("token_limit", "chunk", " cut off at the token limit"), ("looping", "chunk", " looping"),
+    ):  # fmt: skip
+        line += f"; {totals[name]} {one}{'s' * (totals[name] != 1)}{rest}" if totals[name] else ""
     return line
 
 
 # --- Inputs and outputs ---
 
 
-def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Recording]]:
-    """The files to transcribe, each with its path below the folder given, and those that cannot be.
-
-    A folder is searched recursively, links to folders too. A file that is named twice, or a link to it, counts once.
-    """
-    found, failed = {}, []  # found: real path to path and relative path
+def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Recording], list[str]]:
+    """The files to transcribe, each with its path below the folder given; those that cannot be; and lines that say what
+    is passed over. A file that is named twice, or a link to it, counts once."""
+    found, failed, notes = {}, [], []  # found: real path to path and relative path
     for argument in arguments:
-        here, searched, unreadable = {argument: os.path.basename(argument)}, set(), []
+        here = {argument: os.path.basename(argument)}
         if os.path.isdir(argument):
-            here = {}
-            for folder, folders, names in os.walk(argument, onerror=unreadable.append, followlinks=True):
-                folders.sort()
-                if (real := os.path.realpath(folder)) in searched:  # a link to where the search has been
-                    folders.clear()
-                    continue
-                searched.add(real)
-                paths = (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
-                here |= {p: os.path.relpath(p, argument) for p in paths if p.lower().endswith(AUDIO_EXTENSIONS)}
-            failed += [Recording(error.filename, error=error.strerror) for error in unreadable]
-            if not here and not unreadable:
-                failed.append(Recording(argument, error=f"no audio in this folder ({' '.join(AUDIO_EXTENSIONS)})"))
+            paths, unreadable, passed_over = search_folder(argument)
+            here = {path: os.path.relpath(path, argument) for path in paths}
+            failed, notes = failed + unreadable, notes + passed_over
         for path, relative in here.items():
             try:
                 common.check_file(path)
-                found.setdefault(os.path.realpath(path), (path, relative))
+                first, _ = found.setdefault(os.path.realpath(path), (path, relative))
+                if os.path.abspath(path) != os.path.abspath(first):
+                    notes.append(f"{path} is the same file as {first}, which alone is transcribed")
             except common.AudioError as error:
                 failed.append(Recording(path, error=str(error)))
-    return dict(found.values()), failed
+    return dict(found.values()), failed, notes
+
+
+def search_folder(top: str) -> tuple[list[str], list[Recording], list[str]]:
+    """The audio files in a folder and in all below it, also through links; an error where there are none or a folder
+    cannot be read; and lines that say what is passed over, such as HIDDEN folders."""
+    paths, failed, notes, files, hidden, searched, folders = [], [], [], Counter(), Counter(), {}, [top]
+    while folders:  # before Python 3.12, os.walk fails at a depth of a thousand folders
+        folder = folders.pop()
+        try:
+            status = os.stat(folder)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            failed.append(Recording(folder, error=error.strerror))
+            continue
+        if (first := searched.setdefault((status.st_dev, status.st_ino), folder)) != folder:
+            notes.append(f"{folder} is the same folder as {first}, which alone is searched")
+            continue
+        for name, path, is_folder in ((e.name, e.path, e.is_dir(follow_symlinks=False)) for e in entries):
+            if is_folder or os.path.isdir(path):
+                if re.fullmatch(HIDDEN, name, re.IGNORECASE):
+                    hidden[name] += 1
+                else:
+                    folders.append(path)
+            elif name[0] != "." and name.lower().endswith(AUDIO_EXTENSIONS):
+                paths.append(path)
+            else:
+                files[".*" if name[0] == "." else os.path.splitext(name)[1].lower() or name] += 1
+    for what, names in (("files not looked at", files), ("folders not searched", hidden)):
+        if names:
+            notes.append(f"{top}: {what}: {names.total()} ({' '.join(name for name, _ in names.most_common(9))})")
+    if not paths and not failed:
+        remedy = "name the files themselves, which are then read whatever their names"
+        failed.append(Recording(top, error=f"no audio in this folder, going by the names: {remedy}"))
+    return sorted(paths), failed, notes
 
 
 def output_names(inputs: dict[str, str]) -> dict[str, str]:
@@ -341,35 +385,33 @@ def output_names(inputs: dict[str, str]) -> dict[str, str]:
     return {path: choices[0] for path, choices in names.items()}
 
 
-def plan_outputs(inputs: dict[str, str], args: argparse.Namespace) -> tuple[dict[str, list[str]], list[Recording]]:
-    """The paths of each input's output files, none where the text goes to stdout; and the inputs that cannot have any.
+def plan_outputs(inputs: dict[str, str], args: argparse.Namespace, several: bool) -> dict[str, list[str]]:
+    """The paths of each input's output files, none where the text goes to stdout. Makes the folder that they are for.
 
-    Makes the folder that they are for. Raises SetupError where it cannot, or where an output is one of the inputs.
+    Raises SetupError where it cannot, or where an output is one of the inputs.
     """
     if args.output_dir is None:
-        if args.output_format == "all" or (args.many and args.output_format not in ("txt", "json")):
+        if args.output_format == "all" or (several and args.output_format not in ("txt", "json")):
             raise common.SetupError(f"--output-format {args.output_format} needs --output-dir")
-        return {path: [] for path in inputs}, []
+        return {path: [] for path in inputs}
+    extension = os.path.splitext(args.output_dir)[1].lower()
+    if extension[1:] in FORMATS and not os.path.isdir(args.output_dir):
+        remedy = f"write -o {os.path.dirname(args.output_dir) or '.'} -f {extension[1:]}; the recording gives the name"
+        raise common.SetupError(f"--output-dir {args.output_dir}: this is to be a folder, not a file: {remedy}")
     try:
         os.makedirs(args.output_dir, exist_ok=True)
     except OSError as error:
         raise common.SetupError(f"--output-dir {args.output_dir}: {error.strerror}") from error
     if not os.access(args.output_dir, os.W_OK | os.X_OK):
         raise common.SetupError(f"--output-dir {args.output_dir}: no permission to write in this folder")
-    owners, outputs, failed = {os.path.realpath(path): path for path in inputs}, {}, []
+    extensions = FORMATS if args.output_format == "all" else [args.output_format]
+    owners, outputs = {os.path.realpath(path): path for path in inputs}, {}
     for path, name in output_names(inputs).items():
-        extensions = FORMATS if args.output_format == "all" else [args.output_format]
-        files = [os.path.join(args.output_dir, f"{name}.{extension}") for extension in extensions]
-        try:
-            for output in files:
-                if owner := owners.get(os.path.realpath(output)):
-                    raise common.SetupError(f"--output-dir: {output} would overwrite {owner}: name another place")
-                with contextlib.suppress(FileNotFoundError):
-                    os.lstat(output)
-            outputs[path] = files
-        except OSError as error:  # the name is too long with its extension, or a folder of it is a file
-            failed.append(Recording(path, error=f"cannot write {output}: {error.strerror}"))
-    return outputs, failed
+        outputs[path] = [os.path.join(args.output_dir, f"{name}.{extension}") for extension in extensions]
+        for output in outputs[path]:
+            if owner := owners.get(os.path.realpath(output)):
+                raise common.SetupError(f"--output-dir: {output} would overwrite {owner}: name another place")
+    return outputs
 
 
 # --- Recognition: recordings -> chunks -> batches -> texts ---
@@ -377,48 +419,57 @@ def plan_outputs(inputs: dict[str, str], args: argparse.Namespace) -> tuple[dict
 
 def transcribe(
     recognizer: common.Recognizer, paths: Iterable[str], args: argparse.Namespace,
-    on_progress: Callable[[float], None] = lambda seconds: None,
+    on_chunk: Callable[[Chunk], None] = lambda chunk: None, decode_again: bool = True,
 ) -> Iterator[Recording]:  # fmt: skip
-    """The recordings, in order, each when its last chunk has its text; on_progress is told the seconds of audio done
-    since its last call.
+    """The recordings, in order, each when its last chunk has its text; on_chunk is called with each chunk, in order.
 
-    A batch may have chunks of several recordings, and while an accelerator decodes one batch the next is read. Where
-    the device fails, nothing that it returns can be believed: all recordings in the batch come with an error, and then
-    DeviceError is raised.
+    Where decode_again is True, a chunk that the model has not heard whole is cut in two, and both parts are decoded in
+    its place. A batch may have chunks of several recordings. While an accelerator decodes one batch the next is read,
+    unless the stages are timed. Where the device fails, nothing that it returns can be believed: all recordings that
+    have begun come with an error, and then DeviceError is raised.
     """
     device = recognizer.model.device
     batch_size = fitting = args.batch_size or common.default_batch_size(device)
-    chunks = read_recordings(paths, recognizer.extractor, args)
-    if device.type != "cpu":  # where the reader and the model would compete for the cores: half the speed
+    chunks = read_recordings(paths, recognizer, args)
+    if device.type != "cpu" and recognizer.lap is common.untimed:  # on a CPU both would compete for the cores
         chunks = ahead(chunks, batch_size)
-    for batch in batches(chunks, batch_size):
+    parts, waiting = deque(), []  # waiting: the chunks, in order, that are not decoded or wait for one before them
+    while batch := next_batch(parts, chunks, batch_size):
+        waiting += [chunk for chunk in batch if not chunk.is_part]
         try:
             fitting = recognize(recognizer, [chunk for chunk in batch if chunk.features is not None], fitting, args)
         except common.DeviceError as error:
-            for recording in dict.fromkeys(chunk.recording for chunk in batch):
+            for recording in dict.fromkeys(chunk.recording for chunk in waiting):
                 recording.error = recording.error or str(error)
                 yield recording
             raise
         for chunk in batch:
+            if decode_again and (cut := place_to_cut(chunk)):
+                halves = halve(recognizer, chunk, cut, args)
+                parts += halves
+                i = waiting.index(chunk)
+                waiting[i : i + 1] = halves
+            chunk.waveform = None
+        while waiting and waiting[0].features is None:
+            chunk = waiting.pop(0)
             chunk.recording.chunks.append(chunk)
-            on_progress(chunk.end - chunk.start)
+            on_chunk(chunk)
             if chunk.is_last:
                 yield chunk.recording
 
 
-def read_recordings(paths: Iterable[str], extractor, args: argparse.Namespace) -> Iterator[Chunk]:
+def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, args: argparse.Namespace) -> Iterator[Chunk]:
     """The chunks of each recording, at least one. Whatever goes wrong while it is read is the recording's error."""
     for path in paths:
         recording, chunk = Recording(path), None
         try:
-            for start, end, waveform in common.read_chunks(path, args.chunk_length, recording.warn):
+            for found in common.read_chunks(path, args.chunk_length, recording.warn):
+                recognizer.lap("read and resample")
                 if chunk is not None:
                     yield chunk
-                chunk = Chunk(recording, start, end)
-                if args.no_speech_threshold == 1 or not common.is_steady(waveform, common.SAMPLING_RATE):
-                    chunk.features = common.extract_features(extractor, waveform)
-                    if args.output_format != "txt":  # which has no times
-                        chunk.loud_frames = find_loud_frames(waveform)
+                chunk = Chunk(**vars(found), recording=recording)
+                prepare(recognizer, chunk, args)
+                recognizer.lap("features")
         except common.SetupError:  # librosa cannot be loaded: the same for all recordings
             raise
         except common.AudioError as error:
@@ -426,9 +477,16 @@ def read_recordings(paths: Iterable[str], extractor, args: argparse.Namespace) -
         except Exception as error:
             recording.error = f"cannot be read ({type(error).__name__}: {common.first_line(error)})"
         if chunk is None:
-            chunk = Chunk(recording, 0.0, 0.0)
+            chunk = Chunk(0.0, 0.0, None, recording)
         chunk.is_last = True
         yield chunk
+
+
+def prepare(recognizer: common.Recognizer, chunk: Chunk, args: argparse.Namespace) -> None:
+    """Set the features and the loud frames of a chunk that is to be decoded."""
+    if args.no_speech_threshold == 1 or not common.is_steady(chunk.waveform, common.SAMPLING_RATE):
+        chunk.features = common.extract_features(recognizer.extractor, chunk.waveform)
+        chunk.loud_frames = find_loud_frames(chunk.waveform)
 
 
 def find_loud_frames(waveform: np.ndarray) -> np.ndarray:
@@ -455,37 +513,26 @@ def ahead(items: Iterable, n: int) -> Iterator:
         thread.shutdown(cancel_futures=True)
 
 
-def batches(chunks: Iterable[Chunk], batch_size: int) -> Iterator[list[Chunk]]:
-    """Lists of chunks: each has batch_size chunks with features, and the chunks without features between them."""
+def next_batch(parts: deque[Chunk], chunks: Iterator[Chunk], batch_size: int) -> list[Chunk]:
+    """The parts that wait to be decoded and then further chunks, together batch_size with features, and the chunks
+    without features between them."""
     batch, n_features = [], 0
-    for chunk in chunks:
-        if chunk.features is not None and n_features == batch_size:
-            yield batch
-            batch, n_features = [], 0
+    while n_features < batch_size and (chunk := parts.popleft() if parts else next(chunks, None)):
         batch.append(chunk)
         n_features += chunk.features is not None
-    yield batch
+    return batch
 
 
 def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, args: argparse.Namespace) -> int:
-    """Set the texts and, where the output format has them, the times of chunks; returns the batch size that fitted.
+    """Decode chunks in batches, which are halved where the device is out of memory; the batch size that fitted.
 
-    Where the device is out of memory the batch is halved. Raises DeviceError.
+    Raises DeviceError.
     """
     device, n_done, before = recognizer.model.device, 0, batch_size
     while n_done < len(chunks):
         batch = chunks[n_done : n_done + batch_size]
         try:
-            token_ids, no_speech_probs, encoded = common.generate(
-                recognizer, [chunk.features for chunk in batch], args.max_new_tokens
-            )
-            for chunk, ids, no_speech_prob in zip(batch, token_ids, no_speech_probs, strict=True):
-                set_text(chunk, recognizer.tokenizer, ids, no_speech_prob, args.no_speech_threshold)
-            if args.output_format != "txt":
-                with torch.inference_mode(), common.device_errors(device):
-                    weights = cross_attention(recognizer, encoded, [chunk.token_ids for chunk in batch])
-                    for chunk, of_chunk in zip(batch, weights, strict=True):
-                        set_times(chunk, recognizer.tokenizer, of_chunk)
+            recognize_batch(recognizer, batch, args)
             n_done += len(batch)
             continue
         except common.OutOfMemoryError:
@@ -498,23 +545,50 @@ def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: in
     if batch_size < before:
         said = f"{device} is out of memory in batches of {before}: --batch-size {batch_size} from here on"
         common.notice(f"warning: {said}")
-    for chunk in chunks:
-        chunk.features = None
     return batch_size
+
+
+def recognize_batch(recognizer: common.Recognizer, batch: list[Chunk], args: argparse.Namespace) -> None:
+    """Set the texts and the times of chunks. Raises DeviceError."""
+    decoded = common.generate(recognizer, [chunk.features for chunk in batch], args.max_new_tokens)
+    for chunk, ids, no_speech_prob in zip(batch, decoded.token_ids, decoded.no_speech_probs, strict=True):
+        set_text(chunk, recognizer.tokenizer, ids, no_speech_prob, args.no_speech_threshold)
+    recognizer.lap("text")
+    with torch.inference_mode(), common.device_errors(recognizer.model.device):
+        forced = force_texts(recognizer, decoded.encoded, [chunk.token_ids for chunk in batch])
+        for chunk, (weights, logprobs) in zip(batch, forced, strict=True):
+            set_logprob(chunk, logprobs, args.no_speech_threshold)
+            set_times(chunk, recognizer.tokenizer, weights)
+    recognizer.lap("times")
+    for chunk in batch:
+        chunk.features = None
 
 
 def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float, no_speech_threshold: float) -> None:
     """Set the text of a chunk and its marks, from what was decoded."""
-    end = tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
     data = tokenizer.decode(ids, skip_special_tokens=True).strip().encode()
     chunk.compression_ratio = len(data) / len(zlib.compress(data))
     chunk.looping = chunk.compression_ratio > COMPRESSION_RATIO_LIMIT
-    chunk.token_limit = ids[-1] != end
+    chunk.token_limit = ids[-1] != eos
+    chunk.n_windows += 1
+    chunk.n_decoded += len(ids)
     chunk.no_speech_prob = no_speech_prob
     chunk.left_out = no_speech_prob > no_speech_threshold
-    ids = [i for i in ids if i != end]
-    chunk.token_ids = [*(without_loop(ids) if chunk.looping else ids), end]
+    ids = [i for i in ids if i != eos]
+    chunk.token_ids = [*(without_loop(ids) if chunk.looping else ids), eos]
     chunk.text = re.sub(common.CONTROL, " ", tokenizer.decode(chunk.token_ids, skip_special_tokens=True)).strip()
+
+
+def set_logprob(chunk: Chunk, logprobs: torch.Tensor, no_speech_threshold: float) -> None:
+    """Set the mean log-probability of a chunk's tokens; a part whose text is unlikely is left out.
+
+    The end of a text that was cut off is not the model's own, and does not count.
+    """
+    is_cut = chunk.looping or chunk.token_limit
+    chunk.avg_logprob = logprobs[: len(logprobs) - is_cut].mean().item()
+    if chunk.is_part and chunk.avg_logprob < LOGPROB_LIMIT and no_speech_threshold < 1:
+        chunk.left_out = True
 
 
 def without_loop(ids: list[int]) -> list[int]:
@@ -526,53 +600,103 @@ def without_loop(ids: list[int]) -> list[int]:
     return ids[: len(ids) - n_repeated]
 
 
+def place_to_cut(chunk: Chunk) -> float | None:
+    """Where to cut a chunk that the model has not heard whole, in seconds from its start; None where it has, or where
+    no more than one try is left.
+
+    After a pause the model may end its text. Then a stretch of sound follows of which no character has a frame, and the
+    pause before it is the place. Text that repeats itself, that is cut off or that the model finds unlikely shows that
+    it is lost: the longest pause is the place.
+    """
+    if chunk.is_part or chunk.left_out or chunk.loud_frames is None:
+        return None
+    frames = chunk.loud_frames
+    stretches = np.split(frames, np.flatnonzero(np.diff(frames) * FRAME_S >= common.PAUSE_S) + 1)
+    pauses = list(itertools.pairwise(stretches))
+    silent = [
+        i for i, stretch in enumerate(stretches)
+        if len(stretch) * FRAME_S >= UNHEARD_S and np.isin(stretch, chunk.silent_frames).mean() > 0.9
+    ]  # fmt: skip
+    if chunk.looping or chunk.token_limit or chunk.avg_logprob < LOGPROB_LIMIT:
+        if not pauses:  # the quietest moment in the middle
+            middle = chunk.waveform[: 3 * len(chunk.waveform) // 4]
+            return common.quietest_cut(middle, common.SAMPLING_RATE) / common.SAMPLING_RATE
+        before, after = max(pauses, key=lambda pause: pause[1][0] - pause[0][-1])
+    elif silent and pauses:
+        before, after = pauses[max(silent[0] - 1, 0)]
+    else:
+        return None
+    return FRAME_S * (before[-1] + after[0] + 1) / 2
+
+
+def halve(recognizer: common.Recognizer, chunk: Chunk, cut_s: float, args: argparse.Namespace) -> list[Chunk]:
+    """The two parts of a chunk, ready to be decoded."""
+    place, middle_s = round(cut_s * common.SAMPLING_RATE), chunk.start + cut_s
+    first = Chunk(chunk.start, middle_s, chunk.waveform[:place], chunk.recording, is_part=True)
+    second = Chunk(middle_s, chunk.end, chunk.waveform[place:], chunk.recording, is_part=True, is_last=chunk.is_last)
+    first.n_windows, first.n_decoded = chunk.n_windows, chunk.n_decoded
+    for part in (first, second):
+        prepare(recognizer, part, args)
+    return [first, second]
+
+
 # --- Times: cross-attention -> when each character is spoken ---
 
 
-def cross_attention(recognizer: common.Recognizer, encoded, token_ids: list[list[int]]) -> Iterator[torch.Tensor]:
-    """Where the decoder looks in the audio as it predicts each token: attention weights of all heads of all layers,
-    (n_heads, n_tokens, n_positions) float32, for one row of the batch after the other.
+def force_texts(
+    recognizer: common.Recognizer, encoded: torch.Tensor, token_ids: list[list[int]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What one forward over the finished texts shows (teacher forcing), for one row of the batch after the other.
 
-    They are computed from the queries and keys of one forward over the finished texts, because the kernels that
-    compute attention do not hand its weights out.
+    Where the decoder looks in the audio as it predicts each token: attention weights of all heads of all layers,
+    (n_heads, n_tokens, n_positions) float32, computed from its queries and keys, because the kernels that compute
+    attention do not hand the weights out. And the log-probability of each token, (n_tokens,) float32 on the CPU.
     """
-    decoder, first = recognizer.model.model.decoder, common.PROMPT_LENGTH - 1
-    layers, outputs = [layer.encoder_attn for layer in decoder.layers], []
+    model, first = recognizer.model, common.PROMPT_LENGTH - 1
+    layers, outputs = [layer.encoder_attn for layer in model.model.decoder.layers], []
     with contextlib.ExitStack() as hooks:
         for linear in itertools.chain(*((layer.q_proj, layer.k_proj) for layer in layers)):
             hooks.enter_context(linear.register_forward_hook(lambda module, args, output: outputs.append(output)))
         inputs = common.decoder_inputs(recognizer, token_ids)
-        decoder(input_ids=inputs, encoder_hidden_states=encoded, use_cache=False)
+        hidden = model.model.decoder(input_ids=inputs, encoder_hidden_states=encoded, use_cache=False).last_hidden_state
     for i, ids in enumerate(token_ids):
-        weights = []
+        row, weights = slice(first, first + len(ids)), []
         for layer, queries, keys in zip(layers, outputs[::2], outputs[1::2], strict=True):
-            query = queries[i, first : first + len(ids)].float() * layer.scaling
+            query = queries[i, row].float() * layer.scaling
             query, key = (states.unflatten(-1, (layer.num_heads, -1)) for states in (query, keys[i].float()))
             weights.append((query.transpose(0, 1) @ key.permute(1, 2, 0)).softmax(-1))
-        yield torch.cat(weights)
+        logits = model.proj_out(hidden[i, row]).float()
+        logits += recognizer.token_mask[[0] + [1] * (len(ids) - 1)]
+        chosen = torch.tensor(ids, device=model.device)[:, None]
+        logprobs = logits.log_softmax(-1).gather(1, chosen)[:, 0].cpu()
+        if logprobs.isnan().any():
+            raise common.nan_error(model)
+        yield torch.cat(weights), logprobs
 
 
 def set_times(chunk: Chunk, tokenizer, weights: torch.Tensor) -> None:
-    """Set the times of the characters of a chunk whose text is set; weights are as cross_attention yields them.
+    """Set the times of the characters of a chunk whose text is set; weights are as force_texts yields them.
 
-    Tokens that are spoken are aligned with the loud frames, so that no character falls into a pause. Where align finds
-    nothing to believe, the characters are spread evenly over the loud frames.
+    Characters that are spoken are aligned with the loud frames, so that none falls into a pause. Where align finds
+    nothing to believe, they are spread evenly over the loud frames.
     """
     text = tokenizer.decode(chunk.token_ids, skip_special_tokens=True)
     n_stripped = len(text) - len(re.sub(common.CONTROL, " ", text).lstrip())
     runs = token_runs(tokenizer, chunk.token_ids, text)
     chunk.token_starts = {characters[0] - n_stripped for _, characters in runs}
-    words = spoken_words(runs, text)
-    tokens = [i for of_word, _ in words for i in of_word]
+    units = spoken_units(runs, text)
     frames = chunk.loud_frames[chunk.loud_frames < weights.shape[-1]]
-    if len(tokens) > FASTEST * FRAME_S * len(frames):  # a bang, next to which the speech looks quiet: use all frames
+    if len(units) > FASTEST * FRAME_S * len(frames):  # a bang, next to which the speech looks quiet: use all frames
         frames = np.arange(min(weights.shape[-1], math.ceil((chunk.end - chunk.start) / FRAME_S)))
-    token_of_frame = align(weights[:, [*tokens, len(chunk.token_ids) - 1]], frames) if tokens else None
-    chunk.aligned, times, n_done = token_of_frame is not None, spread(frames, len(text)), 0
-    for of_word, end in words if chunk.aligned else []:
-        of_frames = frames[np.isin(token_of_frame, np.searchsorted(tokens, of_word))]
-        times[n_done:end] = spread(of_frames, end - n_done)
-        n_done = end
+    # A character of several tokens is spoken in one place. The last row is the end of the text.
+    looks = [*(weights[:, tokens].mean(1) for tokens, _ in units if tokens), weights[:, -1]]
+    unit_of_frame = align(torch.stack(looks, 1), frames) if len(looks) > 1 else None
+    chunk.aligned, times, n_done = unit_of_frame is not None, spread(frames, len(text)), 0
+    for i, (_, stop) in enumerate(units if chunk.aligned else []):
+        times[n_done:stop] = spread(frames[unit_of_frame == i], stop - n_done)
+        n_done = stop
+    if chunk.aligned:
+        chunk.silent_frames = frames[unit_of_frame == len(units)]
     chunk.times = chunk.start + times[n_stripped : n_stripped + len(chunk.text)]
 
 
@@ -590,52 +714,53 @@ def token_runs(tokenizer, ids: list[int], text: str) -> list[tuple[range, range]
     return runs
 
 
-def spoken_words(runs: list[tuple[range, range]], text: str) -> list[tuple[list[int], int]]:
+def spoken_units(runs: list[tuple[range, range]], text: str) -> list[tuple[list[int], int]]:
     """The runs of token_runs that are spoken: (indices of tokens, index of the character after them).
 
-    Punctuation and spaces are not spoken: they go with the tokens before them, opening brackets with those after.
+    Punctuation and spaces are not spoken: they go with the tokens before them, opening brackets with those after. A
+    text of which nothing is spoken is one unit without tokens.
     """
-    words = []
+    units = []
     for tokens, characters in runs:
         spoken = re.search(r"\w", text[characters[0] : characters.stop])
-        if words and not spoken and text[characters[0]] not in NOT_LAST + " ":
-            words[-1] = words[-1][0], characters.stop
-        elif words and not words[-1][0]:
-            words[-1] = list(tokens) if spoken else [], characters.stop
+        if units and not spoken and text[characters[0]] not in NOT_LAST + " ":
+            units[-1] = units[-1][0], characters.stop
+        elif units and not units[-1][0]:
+            units[-1] = list(tokens) if spoken else [], characters.stop
         else:
-            words.append((list(tokens) if spoken else [], characters.stop))
-    if len(words) > 1 and not words[-1][0]:
-        words[-2:] = [(words[-2][0], words[-1][1])]
-    return words
+            units.append((list(tokens) if spoken else [], characters.stop))
+    if len(units) > 1 and not units[-1][0]:
+        units[-2:] = [(units[-2][0], units[-1][1])]
+    return units
 
 
 def align(weights: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
-    """Which token each of the frames belongs to, (n_frames,) int64, by dynamic time warping.
+    """Which unit each of the frames belongs to, (n_frames,) int64, by dynamic time warping.
 
-    weights are (n_heads, n_tokens, n_positions), and only the heads that look most sharply count: those with the
-    largest L2 norms of rows and columns (arXiv 2509.09987). Every token gets at least one frame. The last token is the
-    end of the text: it gets what sounds before and after the speech. None where the result is not to be believed,
-    because a token takes longer than LONGEST_TOKEN_S or most tokens take a single frame.
+    weights are (n_heads, n_units, n_positions), and only the heads that look most sharply count: those with the
+    largest L2 norms of rows and columns (arXiv 2509.09987). Every unit gets at least one frame. The last one is the end
+    of the text: it gets what sounds before and after the speech. None where the result is not to be believed, because a
+    unit takes longer than LONGEST_UNIT_S or most units take a single frame.
     """
-    n_heads, n_tokens, _ = weights.shape
-    if n_tokens > len(frames):
+    n_heads, n_units, _ = weights.shape
+    if n_units > len(frames):
         return None
     weights = weights[:, :, frames]
     sharpness = weights.norm(dim=1).sum(-1) + weights.norm(dim=2).sum(-1)
     weights = weights[sharpness.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
     matrix = torch.nn.functional.normalize(weights, dim=1).mean(0).cpu().numpy()
     _, steps = common.import_librosa().sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))
-    tokens = steps[::-1, 0].copy()
-    looks = weights.mean(0).cpu().numpy()
+    units = steps[::-1, 0].copy()
+    looks, end = weights.mean(0).cpu().numpy(), n_units - 1
     for i in np.flatnonzero(np.diff(frames) * FRAME_S >= SHORT_PAUSE_S):
-        own = np.flatnonzero(tokens == (token := tokens[i]))
-        if own[-1] > i and token < n_tokens - 1:  # no token goes on after a pause: it is on the side that it looks at
-            if own[looks[token, own].argmax()] <= i:
-                tokens[own[own > i]] += 1
-            else:
-                tokens[own[own <= i]] = (token - 1) % n_tokens  # what sounds before the first goes with the end
-    counts = np.bincount(tokens, minlength=n_tokens)[:-1]
-    return None if counts.max() * FRAME_S > LONGEST_TOKEN_S or np.mean(counts == 1) > 0.5 else tokens
+        own = np.flatnonzero(units == (unit := units[i]))
+        if own[-1] > i and unit < end:  # none goes on after a pause: it is on the side that it looks at
+            if own[looks[unit, own].argmax()] <= i:
+                units[own[own > i]] += 1
+            else:  # what sounds before the first one goes with the end
+                units[own[own <= i]] = unit - 1 if unit > 0 else end
+    counts = np.bincount(units, minlength=n_units)[:end]
+    return None if counts.max() * FRAME_S > LONGEST_UNIT_S or np.mean(counts == 1) > 0.5 else units
 
 
 def spread(frames: np.ndarray, n: int) -> np.ndarray:
@@ -662,23 +787,24 @@ class Cue:
 
 def cues_of(recording: Recording) -> list[Cue]:
     """The cues of a recording, together all of its text."""
-    cues = []
-    for chunk in recording.chunks:
-        if chunk.left_out:
-            continue
+    pieces = []  # of texts: chunk, first character, the one behind the last, break qualities
+    for chunk in (chunk for chunk in recording.chunks if not chunk.left_out):
         qualities = break_qualities(chunk.text, chunk.token_starts)
         for sentence in sentences(chunk.text):
-            for first, end in split_sentence(chunk, *sentence, qualities):
-                text, (starts, ends) = chunk.text[first:end], chunk.times.T
-                lines = break_lines(text, qualities[first:end])
-                edges = [first, *(i for i in range(first + 1, end) if qualities[i] > 1), end]
-                words = [(chunk.text[i:j], starts[i], ends[j - 1]) for i, j in itertools.pairwise(edges)]
-                cues.append(Cue(starts[first], ends[end - 1], text, lines, words, chunk))
-    for cue, limit in zip(cues, [*(cue.start for cue in cues[1:]), recording.duration], strict=False):
-        cue.end = max(cue.end + DEVOICED_END_S, cue.start + SHORTEST_CUE_S)
-        cue.end = min(cue.end, cue.start + LONGEST_CUE_S, limit)
-        cue.words = [(word, min(start, cue.end), min(end, cue.end)) for word, start, end in cue.words]
-    return cues
+            pieces += [(chunk, *piece, qualities) for piece in split_sentence(chunk, *sentence, qualities)]
+    next_starts = [*(chunk.times[first, 0] for chunk, first, *_ in pieces[1:]), recording.duration]
+    return [make_cue(*piece, next_start) for piece, next_start in zip(pieces, next_starts, strict=False)]
+
+
+def make_cue(chunk: Chunk, first: int, stop: int, qualities: list[int], next_start: float) -> Cue:
+    """The cue of a chunk's text from first to before stop, which ends before the next one starts."""
+    starts, ends = chunk.times.T
+    end = max(ends[stop - 1] + DEVOICED_END_S, starts[first] + SHORTEST_CUE_S)
+    end = min(end, starts[first] + LONGEST_CUE_S, next_start)
+    edges = [first, *(i for i in range(first + 1, stop) if qualities[i] > 1), stop]
+    words = [(chunk.text[i:j], min(starts[i], end), min(ends[j - 1], end)) for i, j in itertools.pairwise(edges)]
+    text = chunk.text[first:stop]
+    return Cue(starts[first], end, text, break_lines(text, qualities[first:stop]), words, chunk)
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
@@ -709,26 +835,27 @@ def break_qualities(text: str, token_starts: set[int]) -> list[int]:
     return qualities
 
 
-def split_sentence(chunk: Chunk, first: int, end: int, qualities: list[int]) -> list[tuple[int, int]]:
-    """Cut a chunk's text from first to end into parts that fit a cue: CUE_LINES of LINE_CELLS, and LONGEST_CUE_S.
+def split_sentence(chunk: Chunk, first: int, stop: int, qualities: list[int]) -> list[tuple[int, int]]:
+    """Cut a chunk's text from first to before stop into pieces that fit a cue: CUE_LINES of LINE_CELLS, LONGEST_CUE_S.
 
     Cuts are made at long pauses first, then near the middle: best at a pause, after a comma, a phrase or a token.
     """
     starts, ends = chunk.times.T
-    places = [i for i in range(first + 1, end) if chunk.text[first:i].strip() and chunk.text[i:end].strip()]
+    places = [i for i in range(first + 1, stop) if chunk.text[first:i].strip() and chunk.text[i:stop].strip()]
     pauses = {i: starts[i] - ends[i - 1] for i in places}
     long = [i for i in places if pauses[i] >= LONG_PAUSE_S and qualities[i] > 1]
-    fits = ends[end - 1] - starts[first] <= LONGEST_CUE_S
-    fits = fits and len(break_lines(chunk.text[first:end], qualities[first:end])) <= CUE_LINES
+    fits = ends[stop - 1] - starts[first] <= LONGEST_CUE_S
+    fits = fits and len(break_lines(chunk.text[first:stop], qualities[first:stop])) <= CUE_LINES
     if not places or (fits and not long):
-        return [(first, end)]
+        return [(first, stop)]
 
     def goodness(i: int) -> float:
-        """How good it is to cut before a character: the place, the pause there, and how far it is from the middle."""
-        return (qualities[i] or -100) + 3 * min(pauses[i], 1) - 6 * ((2 * i - first - end) / (end - first)) ** 2
+        """How good it is to cut before a character: its quality, up to 3 for a pause of 1 s or more, and down to -6 at
+        the ends of the text."""
+        return (qualities[i] or -100) + 3 * min(pauses[i], 1) - 6 * ((2 * i - first - stop) / (stop - first)) ** 2
 
     cut = max(long or places, key=goodness)
-    return [*split_sentence(chunk, first, cut, qualities), *split_sentence(chunk, cut, end, qualities)]
+    return [*split_sentence(chunk, first, cut, qualities), *split_sentence(chunk, cut, stop, qualities)]
 
 
 def break_lines(text: str, qualities: list[int]) -> list[str]:
@@ -752,16 +879,13 @@ def cells(text: str) -> float:
 # --- Output ---
 
 
-def deliver(recording: Recording, outputs: list[str], args: argparse.Namespace) -> None:
+def deliver(recording: Recording, outputs: list[str], stdout_format: str, language: str) -> None:
     """Write a recording's output files, or to stdout where it has none; what fails becomes its error."""
-    if not outputs and args.many and args.output_format == "txt":
-        path = common.one_line(recording.path)
-        common.write_stdout(f"{path}\t{full_text(recording, args.text_language)}\n")
-    elif not outputs:
-        common.write_stdout(render(recording, args.output_format, args.text_language))
+    if not outputs:
+        common.write_stdout(render(recording, stdout_format, language))
     for output in outputs:
         try:
-            write_whole(output, render(recording, output.rpartition(".")[2], args.text_language))
+            write_whole(output, render(recording, output.rpartition(".")[2], language))
         except OSError as error:
             recording.error = f"cannot write {output}: {error.strerror}"
 
@@ -769,7 +893,10 @@ def deliver(recording: Recording, outputs: list[str], args: argparse.Namespace) 
 def write_whole(path: str, content: str) -> None:
     """Write a UTF-8 file so that it is there whole or not at all, however the program ends. Raises OSError."""
     path = os.path.realpath(path)  # a link stays one
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.exists(path) and not os.stat(path).st_mode & 0o200:  # its owner may not write it; os.replace may
+        raise PermissionError(errno.EACCES, "it is write-protected, and stays as it is")
+    for folder in reversed(pathlib.Path(path).parents):  # os.makedirs fails at a depth of a thousand folders
+        folder.mkdir(exist_ok=True)
     temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(16)}.part")  # no other process has this one
     try:
         with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
@@ -785,12 +912,12 @@ def write_whole(path: str, content: str) -> None:
 def render(recording: Recording, extension: str, language: str) -> str:
     """The content of an output file, in the format of openai/whisper's writers; language is that of the text.
 
-    txt has a line for each sentence, and needs no times.
+    "line" is the path, a tab and the whole text.
     """
+    if extension == "line":
+        return f"{common.one_line(recording.path)}\t{full_text(recording, language)}\n"
     if extension == "txt":
-        chunks = (chunk for chunk in recording.chunks if not chunk.left_out)
-        texts = (chunk.text[first:end] for chunk in chunks for first, end in sentences(chunk.text))
-        return "".join(f"{text.strip()}\n" for text in texts)
+        return "".join(map(plain_text, recording.chunks))
     cues = cues_of(recording)
     if extension == "tsv":
         rows = ((f"{round(1000 * c.start)}\t{round(1000 * c.end)}", c.text.strip().replace("\t", " ")) for c in cues)
@@ -805,6 +932,12 @@ def render(recording: Recording, extension: str, language: str) -> str:
         shown = shown.replace("-->", "->") if srt else html.escape(shown, quote=False)
         content += (f"{i}\n" if srt else "") + f"{times}\n{shown}\n\n"
     return content
+
+
+def plain_text(chunk: Chunk) -> str:
+    """A line for each sentence of a chunk, none where it is left out."""
+    pieces = [] if chunk.left_out else sentences(chunk.text)
+    return "".join(f"{chunk.text[first:stop].strip()}\n" for first, stop in pieces)
 
 
 def timestamp(seconds: float, decimal_mark: str, hours_always: bool) -> str:
@@ -822,28 +955,27 @@ def full_text(recording: Recording, language: str) -> str:
 
 
 def json_content(recording: Recording, cues: list[Cue], language: str) -> dict:
-    """What openai/whisper's JSON has, and what is known of the chunk that a segment comes from."""
+    """What openai/whisper's JSON has, and what is known of the chunk that a segment comes from; to three decimals."""
     segments = [
         {
-            "id": i, "start": round(cue.start, 3), "end": round(cue.end, 3), "text": cue.text,
-            "words": [{"word": word, "start": round(s, 3), "end": round(e, 3)} for word, s, e in cue.words],
+            "id": i, "start": cue.start, "end": cue.end, "text": cue.text,
+            "words": [{"word": word, "start": start, "end": end} for word, start, end in cue.words],
             "times": "aligned" if cue.chunk.aligned else "proportional",
-            "no_speech_prob": round(cue.chunk.no_speech_prob, 3),
-            "compression_ratio": round(cue.chunk.compression_ratio, 3),
-            "token_limit": cue.chunk.token_limit, "looping": cue.chunk.looping,
+            "avg_logprob": cue.chunk.avg_logprob, "no_speech_prob": cue.chunk.no_speech_prob,
+            "compression_ratio": cue.chunk.compression_ratio, "token_limit": cue.chunk.token_limit,
+            "looping": cue.chunk.looping,
         }
         for i, cue in enumerate(cues)
     ]  # fmt: skip
     left_out = [
-        {"start": round(c.start, 3), "end": round(c.end, 3), "text": c.text,
-         "no_speech_prob": None if c.no_speech_prob is None else round(c.no_speech_prob, 3)}
-        for c in recording.chunks if c.left_out
+        {name: getattr(chunk, name) for name in ("start", "end", "text", "avg_logprob", "no_speech_prob")}
+        for chunk in recording.chunks if chunk.left_out
     ]  # fmt: skip
-    return {
+    content = {
         "text": full_text(recording, language), "segments": segments, "language": language,
-        "duration": round(recording.duration, 3), "path": recording.path, "warnings": recording.warnings,
-        "left_out": left_out,
+        "duration": recording.duration, "path": recording.path, "warnings": recording.warnings, "left_out": left_out,
     }  # fmt: skip
+    return json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 3))
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def options_of(**changes) -> argparse.Namespace:
 def transcribe(recognizer):
     """Transcribe files in this process: a list of Recordings."""
 
-    def transcribe(*paths: str, on_progress=lambda seconds: None, **options) -> list[inference.Recording]:
-        return list(inference.transcribe(recognizer, paths, options_of(**options), on_progress))
+    def transcribe(*paths: str, on_chunk=lambda chunk: None, **options) -> list[inference.Recording]:
+        return list(inference.transcribe(recognizer, paths, options_of(**options), on_chunk))
 
     return transcribe
 

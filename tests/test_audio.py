@@ -69,8 +69,8 @@ def test_cut_is_the_quietest_moment_of_the_latter_half():
 @pytest.mark.parametrize("rate", [7350, 22_255, 47_999])
 def test_thirty_seconds_at_an_odd_rate_fit_the_window(tmp_path, rate):
     path = write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 30 * rate), rate)
-    [(_, end, waveform)] = common.read_chunks(path, 15, pytest.fail)
-    assert end == 30 and len(waveform) == 30 * RATE
+    [chunk] = common.read_chunks(path, 15, pytest.fail)
+    assert chunk.end == 30 and len(chunk.waveform) == 30 * RATE
 
 
 def test_memory_held_does_not_grow_with_the_audio():

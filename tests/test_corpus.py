@@ -46,10 +46,12 @@ def lines_of(result: subprocess.CompletedProcess, rank: int) -> list[str]:
 
 
 def test_torchrun_transcribes_every_file_once(corpus, tmp_path):
-    """What is no file is reported by one process alone."""
+    """What is no file, or one that has another name as well, is reported by one process alone."""
     folder, texts = corpus
-    result = torchrun("--audio", "absent.wav", folder, "-o", tmp_path, "--device", "cpu")
+    (tmp_path / "link.wav").symlink_to(folder / "0.wav")
+    result = torchrun("--audio", "absent.wav", folder, tmp_path / "link.wav", "-o", tmp_path, "--device", "cpu")
     assert result.returncode == 1 and result.stderr.count("absent.wav: no such file") == 1
+    assert result.stderr.count(f"link.wav is the same file as {folder}/0.wav, ") == 1
     closing = [lines_of(result, rank)[-1] for rank in (0, 1)]
     assert re.match(r"6 recordings, 1 failed, [\d.]+ s of audio in ", closing[0]) and "on cpu in" in closing[0]
     assert re.match(r"5 recordings, [\d.]+ s of audio in ", closing[1])

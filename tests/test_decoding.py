@@ -13,6 +13,7 @@ from conftest import MODEL, run, write
 from tone_speech import random_text, synthesize
 
 GENERATION, LAYERS = "generation_config.json", "weights are missing, too many or of another shape"
+TOKENIZER = "its tokenizer.json or tokenizer_config.json is missing or broken"
 TEXTS = ["こんにちは", "さようなら", "なにぬねの", "あ"]
 
 
@@ -170,18 +171,80 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def without_tokenizer(folder: Path) -> None:
+    """A model folder as training leaves it: the weights and their settings."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").unlink()
+
+
 @pytest.mark.parametrize("damage, words", [
     (cut("model.safetensors", 1000), "cannot load"), (cut("config.json", 50), "cannot load"), (pickled, "safetensors"),
     (changed("config.json", encoder_layers=3), LAYERS), (changed("config.json", encoder_layers=1), LAYERS),
     (changed(GENERATION, task_to_id=None), "task_to_id"), (changed(GENERATION, suppress_tokens=[5, 99_999]), "99999"),
     (changed(GENERATION, lang_to_id={"<|ja|>": 7}), "its generation_config.json and its tokenizer"),
-    (changed("preprocessor_config.json", feature_size=80), "mel bins"),
+    (changed("preprocessor_config.json", feature_size=80), "mel bins"), (without_tokenizer, TOKENIZER),
+    (cut("tokenizer.json", 1000), TOKENIZER), (changed("tokenizer_config.json", bos_token=[]), TOKENIZER),
 ])  # fmt: skip
 def test_a_broken_model_folder_is_one_line(tmp_path, damage, words):
     folder = variant(tmp_path / "model", damage)
     with pytest.raises(common.SetupError, match=f"cannot load the model {folder}: ") as caught:
         load(folder)
     assert "\n" not in str(caught.value) and words in str(caught.value)
+
+
+def as_transformers_5_saves_it(folder: Path) -> None:
+    """The tokenizer in tokenizer.json alone, its special tokens as a list, and no preprocessor_config.json."""
+    extractor = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({"feature_extractor": extractor}))
+    special = json.loads((folder / "special_tokens_map.json").read_text())
+    config = {"backend": "tokenizers", "tokenizer_class": "WhisperTokenizer", "clean_up_tokenization_spaces": False}
+    config |= {"extra_special_tokens": special.pop("additional_special_tokens"), "errors": "replace", "is_local": True}
+    config |= {name: token if isinstance(token, str) else token["content"] for name, token in special.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in ("preprocessor_config", "special_tokens_map", "added_tokens", "vocab"):
+        (folder / f"{name}.json").unlink()
+    (folder / "merges.txt").unlink()
+
+
+def test_a_folder_that_transformers_5_has_saved_gives_the_same_texts(tmp_path, recognizer):
+    new, waveforms = load(variant(tmp_path / "model", as_transformers_5_saves_it)), [*map(synthesize, TEXTS)]
+    assert new.prompt.equal(recognizer.prompt) and new.token_mask.equal(recognizer.token_mask)
+    assert new.tokenizer.eos_token_id == recognizer.tokenizer.eos_token_id
+    rows = our_rows(new, waveforms, 20)
+    assert rows == our_rows(recognizer, waveforms, 20)
+    assert new.tokenizer.batch_decode(rows, skip_special_tokens=True) == TEXTS
+    rows = np.random.default_rng(0).integers(len(recognizer.tokenizer), size=(200, 30)).tolist()
+    for skip in (False, True):
+        texts = [each.tokenizer.batch_decode(rows, skip_special_tokens=skip) for each in (new, recognizer)]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_would_not_be_applied_is_refused(tmp_path, name):
+    folder = variant(tmp_path / "model", lambda folder: (folder / name).touch())
+    with pytest.raises(common.SetupError, match=f"its LoRA adapter \\({name}\\) would not be applied: merge it"):
+        load(folder)
+
+
+@pytest.mark.parametrize("is_multilingual, words", [
+    (None, "is an old one, without the ids of its languages: put that of the openai/whisper model"),
+    (False, r"which knows none \(it is not multilingual\)"),
+])  # fmt: skip
+def test_a_model_whose_settings_list_no_languages(tmp_path, is_multilingual, words):
+    change = changed(GENERATION, lang_to_id=None, task_to_id=None, is_multilingual=is_multilingual)
+    with pytest.raises(common.SetupError, match=words):
+        load(variant(tmp_path / "model", change))
+
+
+def test_weights_in_several_files_draw_no_progress_bar(tmp_path):
+    def shard(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        load(MODEL).model.save_pretrained(folder, max_shard_size="1MB")
+
+    model, path = variant(tmp_path / "model", shard), write(tmp_path / "a.wav", synthesize("さ"))
+    assert len([*(tmp_path / "model").glob("model-*.safetensors")]) > 1
+    result = run("inference.py", "--audio", path, "--model", model, "--device", "cpu")
+    assert (result.returncode, result.stdout) == (0, "さ\n") and result.stderr.startswith("inference.py: 1 recording, ")
 
 
 def multiplied(name: str, factor: float) -> Callable[[Path], None]:

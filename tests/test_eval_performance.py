@@ -4,7 +4,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from conftest import FAKE, MODEL, NO_NPU, needs_fake, run, write
 from tone_speech import synthesize
 
@@ -22,7 +21,7 @@ def table(text: str) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def report() -> dict:
     """The JSON of a run on both devices."""
-    options = [*QUICK, "--batch-sizes", "3", "--durations", "1,32.5", "--times", "--json"]
+    options = [*QUICK, "--batch-sizes", "3", "--durations", "1,32.5", "--json"]
     result = run("eval_performance.py", *options, environment=FAKE)
     said = r"(eval_performance\.py: .+ on (cpu|npu:0): the first of 6 runs took [\d.]+ s\n){8}"
     assert result.returncode == 0 and re.fullmatch(said, result.stderr), result.stderr
@@ -52,23 +51,13 @@ def test_the_figures_printed_are_those_of_the_samples_and_the_user_s_come_first(
         assert cells["RTF"][i] == f"{medians[i]:.3f} / 3.0 = {medians[i] / 3:.4f}"
         assert cells["first run, cold (s)"][i] == f"{m['first_s']:.3f}" and m["first_s"] not in m["samples_s"]
         stages_s = {name: np.median(samples) for name, samples in m["stages_s"].items()}
-        assert all(stages_s.values()) and cells["encoder (ms)"][i] == f"{1000 * stages_s['encoder']:.1f}"
+        assert all(stages_s.values()) and cells["encoder (ms)"][i].split(",")[0] == f"{1000 * stages_s['encoder']:.1f}"
         share = 100 * sum(stages_s.values()) / medians[i]
         assert cells["sum of the stages (ms)"][i].endswith(f", {share:.0f} % of the time")
     speed_up = f"{medians[0]:.3f} / {medians[1]:.3f} = {medians[0] / medians[1]:.2f}"
     assert cells["speed-up over the CPU"] == ["", speed_up]
     batch_s = np.median(report["columns"][0]["measurements"][1]["samples_s"])
     assert cells["times real time, batch of 3"][0] == f"90.0 / {batch_s:.3f} = {90 / batch_s:.2f}"
-
-
-def test_the_operations_of_the_encoder_are_those_that_torch_counts():
-    from torch.utils.flop_counter import FlopCounterMode
-    from transformers import WhisperForConditionalGeneration
-
-    model = WhisperForConditionalGeneration.from_pretrained(MODEL, attn_implementation="eager")  # which it can count
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model.model.encoder(torch.zeros(1, 128, 3000))
-    assert eval_performance.encoder_operations(model.config) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @needs_fake
@@ -99,7 +88,7 @@ def test_without_an_npu_the_cpu_alone_and_the_reason():
     cells = table(result.stdout)
     assert result.returncode == 0 and cells["tokens"] == ["9"] and "speed-up over the CPU" not in cells
     warning, progress = result.stderr.splitlines()
-    assert "not on an NPU: torch_npu is not installed" in warning and "sweep on cpu: the first of 6 runs" in progress
+    assert "not on an NPU: torch_npu cannot be loaded" in warning and "sweep on cpu: the first of 6 runs" in progress
 
 
 @needs_fake

@@ -51,10 +51,10 @@ for first, end, text, ratio, spoken_to in [
 ]:  # fmt: skip
     edges = np.linspace(first, spoken_to, len(text) + 1)  # at an even pace
     RECORDING.chunks.append(inference.Chunk(
-        RECORDING, first, end, text=text, no_speech_prob=0.1, compression_ratio=ratio, left_out=False,
+        first, end, None, RECORDING, text=text, no_speech_prob=0.1, compression_ratio=ratio, left_out=False,
         token_limit=ratio > 2.4, looping=ratio > 2.4, times=np.stack([edges[:-1], edges[1:]], 1),
     ))  # fmt: skip
-RECORDING.chunks.insert(1, inference.Chunk(RECORDING, 2.5, 59.9996, text="ご視聴", no_speech_prob=0.9))
+RECORDING.chunks.insert(1, inference.Chunk(2.5, 59.9996, None, RECORDING, text="ご視聴", no_speech_prob=0.9))
 
 
 @pytest.mark.parametrize(
@@ -239,8 +239,88 @@ def test_a_file_named_in_several_ways_is_one(tmp_path, infer, monkeypatch):
     write(tmp_path / "a.wav", synthesize("さ"))
     (tmp_path / "link.wav").symlink_to("a.wav")
     monkeypatch.chdir(tmp_path)
-    status, out, err = infer("--audio", "a.wav", "./a.wav", "link.wav", "--audio", tmp_path / "a.wav", ".")
-    assert (status, out) == (0, "さ\n") and "1 recording, " in err and "failed" not in err
+    status, out, err = infer("--audio", "a.wav", "./a.wav", "--audio", tmp_path / "a.wav")
+    assert (status, out) == (0, "さ\n") and "1 recording, " in one_line(err)
+    status, out, err = infer("--audio", ".", "a.wav")
+    assert (status, out) == (0, "さ\n") and "1 recording, " in err and err.count("\n") == 2
+    assert "inference.py: ./link.wav is the same file as ./a.wav, which alone is transcribed\n" in err
+
+
+def test_hidden_and_trash_folders_are_not_searched_and_what_is_passed_over_is_said(tmp_path, infer):
+    """A recording that is a link into a hidden folder, as git-annex keeps it, has an output under its own name."""
+    object_ = tmp_path / ".git" / "annex" / "objects" / "x1" / "SHA256E-s1.wav" / "SHA256E-s1.wav"
+    for name in (".Trash-1000/files", "$RECYCLE.BIN/S-1-5", "deep/@eaDir", "#1 talk", object_.parent):
+        (tmp_path / name).mkdir(parents=True)
+        write(tmp_path / name / "old.wav", synthesize("な"))
+    write(object_, synthesize("さようなら"))
+    (tmp_path / "deep" / "talk.wav").symlink_to(object_)
+    (tmp_path / "again").symlink_to("deep")
+    for name in ("notes.txt", "deep/a.xyz", "deep/b.XYZ", "deep/._talk.wav"):
+        (tmp_path / name).touch()
+    out = tmp_path / "out"
+    status, _, err = infer("--audio", tmp_path, "-o", out)
+    assert status == 0 and "2 recordings, " in err
+    written = {str(path.relative_to(out)): path.read_text() for path in out.rglob("*.*")}
+    assert written == {"again/talk.txt": "さようなら\n", "#1 talk/old.txt": "な\n"}
+    assert f": {tmp_path}: files not looked at: 4 (.xyz " in err and f": {tmp_path}: folders not searched: 4 (" in err
+    assert f": {tmp_path}/deep is the same folder as {tmp_path}/again, which alone is searched\n" in err
+    status, said, err = infer("--audio", tmp_path / ".Trash-1000")  # which is named, and so is searched
+    assert (status, said) == (0, "な\n") and one_line(err)
+
+
+def test_a_tree_deeper_than_python_calls_functions(tmp_path, infer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        for folder in ("tree", *"d" * 1200):
+            os.mkdir(folder)
+            os.chdir(folder)
+        write("a.wav", synthesize("さ"))
+        os.chdir(tmp_path)
+        status, _, err = infer("--audio", "tree", "-o", "out")
+        text = subprocess.run(["find", "out", "-type", "f", "-exec", "cat", "{}", "+"], capture_output=True, text=True)
+        assert (status, text.stdout) == (0, "さ\n") and one_line(err)
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "tree", tmp_path / "out"], check=True)  # which pytest could not
+
+
+@pytest.mark.parametrize("extension, format", [("sph", "NIST"), ("PVF", "PVF"), ("ircam", "IRCAM"), ("3gpp", "FLAC")])
+def test_a_folder_has_recordings_of_rarer_formats(tmp_path, infer, extension, format):
+    write(tmp_path / f"a.{extension}", synthesize("さ"), format=format)
+    status, out, err = infer("--audio", tmp_path)
+    assert (status, out) == (0, "さ\n") and one_line(err)
+
+
+@pytest.mark.parametrize("name, remedy", [("talk.srt", "-o . -f srt;"), ("out/talk.VTT", "-o out -f vtt;")])
+def test_a_file_s_name_in_place_of_a_folder_s(tmp_path, audio, infer, no_model, monkeypatch, name, remedy):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = infer("--audio", audio / "hello.wav", "-o", name)
+    assert status == 2 and f"--output-dir {name}: this is to be a folder, not a file: write {remedy}" in one_line(err)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_may_be_named_as_a_file_if_it_is_there_or_has_no_extension(tmp_path, audio, infer):
+    (tmp_path / "old.txt").mkdir()
+    for folder in (tmp_path / "old.txt", tmp_path / "srt"):
+        assert infer("--audio", audio / "hello.wav", "-o", folder)[0] == 0
+        assert (folder / "hello.txt").read_text() == "こんにちは\n"
+
+
+def test_a_write_protected_transcript_stays_and_is_an_error(tmp_path, audio, infer):
+    """For root too, who may write anything."""
+    (tmp_path / "hello.srt").write_text("corrected by hand")
+    (tmp_path / "hello.srt").chmod(0o444)
+    status, _, err = infer("--audio", audio / "hello.wav", audio / "long.flac", "-o", tmp_path, "-f", "all")
+    assert status == 1 and "2 recordings, 1 failed, " in err
+    assert f"{audio}/hello.wav: cannot write {tmp_path}/hello.srt: it is write-protected, and stays as it is\n" in err
+    assert (tmp_path / "hello.srt").read_text() == "corrected by hand"
+    assert (tmp_path / "hello.txt").read_text() == "こんにちは\n" and (tmp_path / "long.srt").exists()
+
+
+@pytest.mark.parametrize("script", ["inference.py", "eval_accuracy.py", "eval_performance.py"])
+def test_a_script_finds_its_own_modules_where_python_does_not_look_for_them(tmp_path, script):
+    command = [sys.executable, "-I", ROOT / script, "--help"]  # as -P and PYTHONSAFEPATH of Python 3.11
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.startswith(f"usage: {script}")
 
 
 @pytest.mark.parametrize("through", ["", "link"])
@@ -296,11 +376,9 @@ def test_an_output_that_cannot_be_written_whole_is_not_written_and_fails_its_fil
 def test_a_model_that_is_not_there(audio):
     arguments = ["--audio", audio / "hello.wav", "--device", "cpu", "--model"]
     for model, words, environment in [
-        ("no/such/folder", "no such folder", {}),
-        ("kotoba", "no such folder", {}),
-        ("~/kotoba/", "no such folder", {}),
-        (audio / "hello.wav", "this is a file, not the folder of a model", {}),
-        ("someone/some-model", "HF_HUB_OFFLINE forbids it now: unset HF_HUB_OFFLINE", {}),
+        *((name, "no such folder, and no download (", {}) for name in ("no/such/folder", "~/kotoba/", "kotoba")),
+        (audio / "hello.wav", "no such folder, and no download (", {}),
+        ("someone/some-model", "please unset the `HF_HUB_OFFLINE` environment variable", {}),
         ("someone/some-model", "set HF_ENDPOINT=https://hf-mirror.com, or name a folder",
          {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}),
     ]:  # fmt: skip
@@ -314,7 +392,8 @@ def test_a_model_that_is_not_there(audio):
 def test_a_reader_that_has_gone_ends_it_quietly(audio):
     reader, writer = os.pipe()
     os.close(reader)
-    result = run_process("inference.py", "--audio", audio, "--device", "cpu", "--model", MODEL, stdout=writer)
+    paths = [audio / "hello.wav", audio / "long.flac"]
+    result = run_process("inference.py", "--audio", *paths, "--device", "cpu", "--model", MODEL, stdout=writer)
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, "")
 
@@ -345,11 +424,12 @@ def test_librosa_that_may_not_keep_a_cache_is_one_line(tmp_path):
     assert "librosa cannot be loaded (" in result.stderr and "set NUMBA_CACHE_DIR to a folder" in result.stderr
 
 
-def test_a_name_that_is_too_long_with_its_extension_is_refused_before_decoding(tmp_path, audio, infer):
+def test_a_name_that_is_too_long_with_its_extension_fails_alone(tmp_path, audio, infer):
     for name in ("x" * 251 + ".wav", "あ" * 83 + "xy.m"):
         path = shutil.copy(audio / "hello.wav", tmp_path / name)
         status, _, err = infer("--audio", path, audio / "hello.wav", "-o", tmp_path / "out", "-f", "json")
         assert status == 1 and "File name too long" in err.splitlines()[0] and "2 recordings, 1 failed, 2.1 s" in err
+        assert os.listdir(tmp_path / "out") == ["hello.json"]
 
 
 def test_interrupt(audio, tmp_path):
@@ -381,6 +461,26 @@ def test_a_progress_bar_in_seconds_of_audio_whatever_the_name(audio, tmp_path, i
 def test_a_long_run_without_a_terminal_says_something_every_minute(audio, infer, monkeypatch):
     monkeypatch.setattr(inference, "LOG_EVERY_S", 0)
     status, _, err = infer("--audio", audio, "absent.wav")
-    error, *lines, _ = err.splitlines()
+    _, error, *lines, _ = err.splitlines()
     assert status == 1 and "absent.wav" in error and len(lines) == 6  # a chunk or a recording each
     assert re.fullmatch(r"inference\.py: \d+ s of audio done, 2 of 3 recordings, [\d.e+]+ times real time", lines[-1])
+
+
+def test_the_text_of_one_recording_is_written_as_it_is_heard(tmp_path, infer, monkeypatch):
+    """What was decoded before the run ends is on stdout; the whole is what a file has."""
+    text = "、、".join(["こんにちは", "さようなら", "またあした"] * 4)
+    path = write(tmp_path / "a.wav", synthesize(text, pause_s=0.8))
+    status, whole, _ = infer("--audio", path, "--batch-size", "1", "--chunk-length", "5")
+    assert status == 0 and infer("--audio", path, "-o", tmp_path, "--chunk-length", "5")[0] == 0
+    assert whole == (tmp_path / "a.txt").read_text() and whole.count("\n") >= 3
+    generate, written = common.generate, []
+
+    def lost_at_the_third(*arguments):
+        if len(written) == 2:
+            raise common.DeviceError("npu:0 failed")
+        written.append(None)
+        return generate(*arguments)
+
+    monkeypatch.setattr(common, "generate", lost_at_the_third)
+    status, out, err = infer("--audio", path, "--batch-size", "1", "--chunk-length", "5")
+    assert status == 2 and whole.startswith(out) and out.count("\n") == 2 and "npu:0 failed" in err

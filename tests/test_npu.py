@@ -41,7 +41,7 @@ def test_the_npu_transcribes_in_float16(hello, options, device):
 
 
 FAULTS = {
-    "missing": "torch_npu is not installed: install the torch-npu that goes with torch 2.",
+    "missing": "torch_npu cannot be loaded (No module named 'torch_npu'): install the torch-npu that goes with torch",
     "cann": "(libhccl.so: cannot open shared object file: No such file or directory): source /usr/local/Ascend/",
     "driver": "(libascend_hal.so: cannot open shared object file: No such file or directory): mount the driver",
     "no-device": "no NPU is visible (ASCEND_RT_VISIBLE_DEVICES: 4,5): see what npu-smi info lists",

@@ -84,8 +84,8 @@ def test_sentences_begin_when_they_are_spoken(outputs, name):
 def test_the_smallest_fault_is_beyond_the_limit_and_reordered_sums_are_not():
     """LayerNorm with torch's usual epsilon in place of Whisper's shows on real weights alone."""
     recognizer = common.load_model(str(MODEL), CPU, torch.float32)
-    [(_, _, waveform)] = common.read_chunks(str(REAL / "12_business.flac"), 15, pytest.fail)
-    features = common.extract_features(recognizer.extractor, waveform)
+    [chunk] = common.read_chunks(str(REAL / "12_business.flac"), 15, pytest.fail)
+    features = common.extract_features(recognizer.extractor, chunk.waveform)
 
     def decoded() -> eval_accuracy.Reference:
         return eval_accuracy.Reference(recognizer, features, torch.float32, 40)

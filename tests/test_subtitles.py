@@ -37,7 +37,8 @@ def chunk_to_decode(recognizer, waveform: np.ndarray) -> inference.Chunk:
     """A chunk that is a recording of its own."""
     recording, features = inference.Recording(""), common.extract_features(recognizer.extractor, waveform)
     chunk = inference.Chunk(
-        recording, 0, len(waveform) / 16_000, features=features, loud_frames=inference.find_loud_frames(waveform)
+        0, len(waveform) / 16_000, waveform, recording, features=features,
+        loud_frames=inference.find_loud_frames(waveform),
     )
     recording.chunks.append(chunk)
     return chunk
@@ -95,7 +96,7 @@ def align_tokens(recognizer, waveform: np.ndarray, ids: list[int]) -> inference.
     chunk.text = recognizer.tokenizer.decode(ids, skip_special_tokens=True)
     with torch.inference_mode():
         encoded = common.encode(recognizer.model, chunk.features)
-        [weights] = inference.cross_attention(recognizer, encoded, [ids])
+        [(weights, _)] = inference.force_texts(recognizer, encoded, [ids])
     inference.set_times(chunk, recognizer.tokenizer, weights)
     return chunk
 
@@ -111,11 +112,17 @@ def test_the_attention_is_that_of_transformers(recognizer):
     rows = [recognizer.tokenizer(text, add_special_tokens=False).input_ids for text in ("こんにちは", "こん")]
     with torch.inference_mode():
         encoded = common.encode(recognizer.model, features).expand(2, -1, -1)
-        ours = list(inference.cross_attention(recognizer, encoded, rows))
-        for ids, weights in zip(rows, ours, strict=True):
+        ours = list(inference.force_texts(recognizer, encoded, rows))
+        for ids, (weights, logprobs) in zip(rows, ours, strict=True):
             inputs = torch.tensor([[*recognizer.prompt.tolist(), *ids[:-1]]])
-            theirs = eager(input_features=features, decoder_input_ids=inputs, output_attentions=True).cross_attentions
-            torch.testing.assert_close(weights, torch.cat(theirs, 1)[0, :, common.PROMPT_LENGTH - 1 :])
+            theirs = eager(input_features=features, decoder_input_ids=inputs, output_attentions=True)
+            attention = torch.cat(theirs.cross_attentions, 1)[0, :, common.PROMPT_LENGTH - 1 :]
+            torch.testing.assert_close(weights, attention)
+            logits = theirs.logits[0, common.PROMPT_LENGTH - 1 :]
+            logits[:, torch.isinf(recognizer.token_mask[1])] = -torch.inf
+            logits[0, torch.isinf(recognizer.token_mask[0])] = -torch.inf
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="none")
+            torch.testing.assert_close(logprobs, -loss, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("said, text, why", [
@@ -180,7 +187,7 @@ def test_a_long_pause_ends_a_segment_and_no_segment_outlasts_the_speech(recogniz
 
 def chunk_of(text: str, start: float, seconds: float, rng: random.Random, tokens: bool) -> inference.Chunk:
     """A chunk whose characters are spoken at random times, some after long pauses."""
-    chunk = inference.Chunk(None, start, start + seconds, text=text.strip(), left_out=False, aligned=True)
+    chunk = inference.Chunk(start, start + seconds, None, None, text=text.strip(), left_out=False, aligned=True)
     chunk.token_starts = {i for i in range(len(text)) if rng.random() < 0.6 or not tokens}
     n = len(chunk.text)
     chunk.times = np.sort([rng.uniform(0, seconds) for _ in range(2 * n)]).reshape(n, 2)
@@ -289,8 +296,7 @@ def test_a_cue_is_cut_at_a_long_pause_ends_with_the_speech_and_stays_a_second(tm
     assert short.start == pytest.approx(0.1 + 5 * SLOT_S + 2, abs=0.1) and short.end - short.start == pytest.approx(1)
 
 
-def test_text_alone_has_the_same_lines_and_no_alignment(tmp_path, infer, monkeypatch):
+def test_text_on_stdout_is_that_of_the_file(tmp_path, infer):
     path = write(tmp_path / "a.wav", synthesize("こんにちは、、さようなら"))
     assert infer("--audio", path, "-f", "all", "-o", tmp_path)[0] == 0
-    monkeypatch.setattr(inference, "cross_attention", lambda *arguments: pytest.fail("aligned"))
     assert infer("--audio", path)[1] == (tmp_path / "a.txt").read_text() == "こんにちはさようなら\n"

@@ -1,12 +1,13 @@
 """The text that was spoken comes out, whatever the file, the batch and the length."""
 import json
 import threading
+from collections import deque
 
 import common
 import numpy as np
 import pytest
 from conftest import options_of, write
-from tone_speech import random_text, spoken, synthesize
+from tone_speech import SLOT_S, random_text, spoken, synthesize
 
 import inference
 
@@ -47,8 +48,9 @@ def test_every_batch_size_gives_the_same_text_in_input_order(corpus, transcribe,
 
 
 def test_chunks_of_several_files_fill_one_batch(corpus, recognizer):
-    chunks = inference.read_recordings(corpus[0], recognizer.extractor, options_of())
-    sizes = [sum(chunk.features is not None for chunk in batch) for batch in inference.batches(chunks, 8)]
+    chunks, sizes = inference.read_recordings(corpus[0], recognizer, options_of()), []
+    while batch := inference.next_batch(deque(), chunks, 8):
+        sizes.append(sum(chunk.features is not None for chunk in batch))
     assert sizes[:-1] == [8] * (len(sizes) - 1) and sum(sizes) > len(corpus[0])
 
 
@@ -100,33 +102,39 @@ def test_what_the_model_takes_for_no_speech_is_left_out_and_kept_in_the_json(tmp
     path, generate = write(tmp_path / "a.wav", synthesize("こんにちは")), common.generate
 
     def generate_doubtful(*arguments):
-        token_ids, _, encoded = generate(*arguments)
-        return token_ids, [0.8] * len(token_ids), encoded
+        decoded = generate(*arguments)
+        return decoded._replace(no_speech_probs=[0.8] * len(decoded.token_ids))
 
     monkeypatch.setattr(common, "generate", generate_doubtful)
     status, out, err = infer("--audio", path, "-f", "json")
     content = json.loads(out)
     assert (status, content["text"], content["segments"]) == (0, "", [])
-    assert content["left_out"] == [{"start": 0.0, "end": 2.1, "text": "こんにちは", "no_speech_prob": 0.8}]
+    [left_out] = content["left_out"]
+    assert -0.5 < left_out.pop("avg_logprob") < 0
+    assert left_out == {"start": 0.0, "end": 2.1, "text": "こんにちは", "no_speech_prob": 0.8}
     said, closing = err.splitlines()
-    assert said.endswith("a.wav: no speech: the model gives that a probability of 0.80 or more")
+    assert said.endswith("a.wav: no speech: the model finds none (--no-speech-threshold 1 keeps all)")
     assert closing.endswith("; 1 chunk without speech")
     for kept in ("0.8", "1"):
         content = json.loads(infer("--audio", path, "-f", "json", "--no-speech-threshold", kept)[1])
         assert (content["text"], content["left_out"]) == ("こんにちは", [])
 
 
-def test_the_token_limit_is_seen(tmp_path, transcribe):
+def test_a_text_that_reaches_the_token_limit_is_decoded_again_in_two_parts(tmp_path, transcribe):
     path = write(tmp_path / "a.wav", synthesize("こんにちは"))
-    for limit, text, cut in [(3, "こんに", True), (5, "こんにちは", True), (6, "こんにちは", False)]:
+    for limit, parts in [(1, [("こ", True), ("ち", True)]), (3, [("こんに", True), ("ちは", False)])]:
         [recording] = transcribe(path, max_new_tokens=limit)
-        assert [(s.text, s.token_limit) for s in recording.chunks] == [(text, cut)]
+        assert [(s.text, s.token_limit) for s in recording.chunks] == parts
+    [recording] = transcribe(path, max_new_tokens=6)
+    assert [(s.text, s.token_limit) for s in recording.chunks] == [("こんにちは", False)]
 
 
-def test_a_loop_is_seen_and_delivered_once(tmp_path, transcribe):
+def test_a_loop_is_seen_and_delivered_once_and_what_follows_is_heard(tmp_path, transcribe):
     [recording] = transcribe(write(tmp_path / "a.wav", synthesize("いう" + "あ" * 30)))
-    [chunk] = recording.chunks
-    assert chunk.text == "いうあ" and chunk.looping and chunk.compression_ratio > 2.4
+    first, second = recording.chunks
+    assert first.text == "いうあ" and first.looping and first.compression_ratio > 2.4
+    assert second.text == "あ" * round((second.end - second.start) / SLOT_S)
+    assert first.end == second.start and (first.start, second.end) == (0, recording.duration)
     [recording] = transcribe(write(tmp_path / "b.wav", synthesize(random_text(np.random.default_rng(0), 25))))
     assert not recording.chunks[0].looping
 

@@ -95,22 +95,13 @@ def ours(models: Path, dtype: str, chunk_length_s: float):
 
     device = common.select_device("cpu")
     recognizer = common.endless(common.load_model(str(models / "transformers"), device, getattr(torch, dtype)))
-    decode, counts = common.decode, []
-
-    def counting(*arguments):
-        rows, no_speech_probs = decode(*arguments)
-        counts.extend(map(len, rows))
-        return rows, no_speech_probs
-
-    common.decode = counting
 
     def run(path, chunks, n_tokens):
-        counts.clear()
         n_tokens = round(n_tokens * chunk_length_s / 30) if len(chunks) > 1 else n_tokens
         args = inference.parse_arguments(["--audio", path, "--chunk-length", str(chunk_length_s), "--batch-size",
                                           str(BATCH_SIZE), "--max-new-tokens", str(n_tokens)])  # fmt: skip
-        list(inference.transcribe(recognizer, [path], args))
-        return sum(counts)
+        [recording] = inference.transcribe(recognizer, [path], args, decode_again=False)
+        return sum(chunk.n_decoded for chunk in recording.chunks)
 
     return run
 

@@ -5,6 +5,7 @@
 RECORDINGS has the recordings and a truth.json: for each of them, by its name without extension, the sentences that are
 spoken in it, as {"start": s, "end": s, "text": "..."} in order, or none where nobody speaks. It prints a row of a
 Markdown table for each recording. All other options go to the program, and --program names another version of it.
+With --output-dir the JSON files are kept; where they are there already, they are counted and the program does not run.
 """
 import argparse
 import difflib
@@ -107,21 +108,41 @@ def measure(truth: list[dict], segments: list[dict]) -> Figures:
     return figures
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recordings", metavar="RECORDINGS", type=Path)
+def parse_options(doc: str) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a script with this docstring, and the others, which go to the program."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("recordings", metavar="RECORDINGS", nargs="+", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--program", default=PROGRAM, help="an inference.py (default: this repository's)")
-    args, others = parser.parse_known_args()
-    truth = json.loads((args.recordings / "truth.json").read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, args.program, "--audio", args.recordings, "--model", args.model, "-f", "json"]
-        status = subprocess.run([*command, "--output-dir", folder, *others]).returncode
-        contents = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("**/*.json")]
+    parser.add_argument("--output-dir", "-o", type=Path, help="keep the JSON files here, or count those that are here")
+    return parser.parse_known_args()
+
+
+def transcribe(args: argparse.Namespace, others: list[str]) -> tuple[int, str, list[dict]]:
+    """The program's exit status, what it says on stderr, and the contents of the JSON files that it writes."""
+    status, said = 0, ""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.output_dir or Path(temporary)
+        if not any(folder.glob("**/*.json")):
+            command = [sys.executable, args.program, "--audio", *args.recordings, "--model", args.model, "-f", "json"]
+            command += ["--output-dir", folder, *others]
+            with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8") as process:
+                for line in process.stderr:
+                    print(line, end="", file=sys.stderr)
+                    said += line
+            status = process.returncode
+        contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("**/*.json"))]
+    return status, said, contents
+
+
+def main() -> int:
+    args, others = parse_options(__doc__)
+    truths = [json.loads((folder / "truth.json").read_text(encoding="utf-8")) for folder in args.recordings]
+    status, _, contents = transcribe(args, others)
     segments = {Path(content["path"]).stem: content["segments"] for content in contents}
     total = Figures()
     print(HEAD)
-    for name, of_name in sorted(truth.items()):
+    for name, of_name in sorted(item for truth in truths for item in truth.items()):
         if name in segments:
             figures = measure(of_name, segments[name])
             total.add(figures)

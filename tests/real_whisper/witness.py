@@ -1,4 +1,4 @@
-"""Writes what openai/whisper makes of the recordings of one window, with the same weights, into truth.json.
+"""Writes what openai/whisper makes of the recordings of one sentence, with the same weights, into truth.json.
 
     pip install --no-deps --target ow openai-whisper==20250625 tiktoken more-itertools
     PYTHONPATH=ow python3 tests/real_whisper/witness.py
@@ -22,8 +22,8 @@ theirs = alignment.openai_model(model)
 path = HERE / "truth.json"
 truth = json.loads(path.read_text(encoding="utf-8"))
 for name, recording in truth.items():
-    waveform, _ = librosa.load(HERE / name, sr=16_000)
-    if len(waveform) <= 30 * 16_000:
+    if len(recording["sentences"]) == 1:
+        waveform, _ = librosa.load(HERE / name, sr=16_000)
         features = whisper.log_mel_spectrogram(whisper.pad_or_trim(torch.from_numpy(waveform)))
         options = whisper.DecodingOptions(language="ja", without_timestamps=True, fp16=False)
         recording["whisper"] = whisper.decode(theirs, features, options).text
