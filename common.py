@@ -476,7 +476,7 @@ def mix_block(channels: np.ndarray) -> np.ndarray:
 
 
 def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of an open file second by second: (sampling rate in Hz, (n_channels, n) float32).
+    """The samples that libsndfile reads, second by second: (sampling rate in Hz, (n_channels, n) float32).
 
     Raises AudioError for what is no audio, and LibsndfileError where the file is damaged.
     """
@@ -492,13 +492,36 @@ def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]
         yield sound.samplerate, channels
 
 
-def ffmpeg_blocks(path: str, file, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of whatever the ffmpeg program reads, as sound_blocks gives them: it writes AU, which libsndfile
-    reads from a pipe.
+def ffmpeg_blocks(path: str, head: bytes, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples that the ffmpeg program reads, second by second: (sampling rate in Hz, (n_channels, n) float32).
 
     Its exit status decides: what it says of a recording that it could read is a warning. Raises AudioError.
     """
-    head = os.pread(file.fileno(), 10, 0)
+    rate, n_read = 1, 0
+    with tempfile.TemporaryFile() as messages:  # a pipe that nobody reads could block ffmpeg
+        with (
+            subprocess.Popen(ffmpeg_command(path, head), stdout=subprocess.PIPE, stderr=messages) as process,
+            contextlib.suppress(soundfile.LibsndfileError),  # nothing came: ffmpeg says why
+            soundfile.SoundFile(process.stdout.fileno(), closefd=False) as sound,
+        ):
+            for rate, block in sound_blocks(sound):
+                n_read += block.shape[1]
+                yield rate, block
+        messages.seek(0)
+        log = messages.read().decode(errors="replace").strip()
+    pictures = "|".join(re.findall(r"\[info\] +Stream #.* Video: (\w+)", log)) or "no picture"  # of which the codec may complain
+    errors = re.findall(rf"^(?!\[(?:{pictures}) @)(.*)\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
+    said = "".join(errors[0]) if errors else log.rpartition("\n")[2]
+    if n_read == 0:
+        raise AudioError(f"no sound in it that ffmpeg can read ({said or 'it does not say why'})")
+    if process.returncode != 0:
+        warn(f"ffmpeg broke off after {n_read / rate:.0f} s: {said}")
+    elif errors:
+        warn(f"ffmpeg says: {said}")
+
+
+def ffmpeg_command(path: str, head: bytes) -> list[str]:
+    """The command that makes AU, which libsndfile reads from a pipe, of a recording whose first bytes are head."""
     # async=1 fills gaps of the clock with silence, but drops sound where the clock stands or steps back: so each frame
     # begins when the clock says or, if that is later, at the end of the frame before, which is kept in variable 0.
     filters = "asetpts='st(1,max(PTS,ld(0)));st(0,ld(1)+S/SR/TB);ld(1)',aresample=async=1"
@@ -513,32 +536,12 @@ def ffmpeg_blocks(path: str, file, warn: Callable[[str], None]) -> Iterator[tupl
     command = ["ffmpeg", "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-dts_delta_threshold", "60"]
     if re.match(rb"RF64|BW64", head):
         command += ["-ignore_length", "1"]  # libsndfile cannot read it: its recorder did not write the length
-    if head[:3] == b"ID3":  # of tags ffmpeg says what is no loss of sound
+    if re.match(rb"ID3.{7}", head, re.DOTALL):  # of tags ffmpeg says what is no loss of sound
         command += ["-skip_initial_bytes", str(10 + sum(head[9 - i] << 7 * i for i in range(4)))]
     command += ["-i", f"file:{path}", "-vn", "-af", filters, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
     if head[:4] == b"\0\0\1\xba":  # the clock of MPEG begins with the streams that are used: so the picture is used too
         command += ["-map", "0:V:0?", "-map", "0:a:0", "-c", "copy", "-f", "null", "-"]
-    rate, n_read = 1, 0
-    with tempfile.TemporaryFile() as messages:  # a pipe that nobody reads could block ffmpeg
-        with (
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process,
-            contextlib.suppress(soundfile.LibsndfileError),  # nothing came: ffmpeg says why
-            soundfile.SoundFile(process.stdout.fileno(), closefd=False) as sound,
-        ):
-            for rate, block in sound_blocks(sound):
-                n_read += block.shape[1]
-                yield rate, block
-        messages.seek(0)
-        log = messages.read().decode(errors="replace").strip()
-    pictures = "|".join(re.findall(r"\[info\].* Video: (\w+)", log)) or "no picture"  # of which the codec may complain
-    errors = re.findall(rf"^(?!\[(?:{pictures}) @)(.*)\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
-    said = "".join(errors[0]) if errors else log.rpartition("\n")[2]
-    if n_read == 0:
-        raise AudioError(f"no sound in it that ffmpeg can read ({said or 'it does not say why'})")
-    if process.returncode != 0:
-        warn(f"ffmpeg broke off after {n_read / rate:.0f} s: {said}")
-    elif errors:
-        warn(f"ffmpeg says: {said}")
+    return command
 
 
 def declared_end(file) -> int:
@@ -587,13 +590,15 @@ def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, n
 
 
 def read_channels(path: str, file, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of an open file as sound_blocks gives them, at least once.
+    """The samples of an open file, second by second: (sampling rate in Hz, (n_channels, n) float32), at least once.
 
     libsndfile reads what it knows, and the ffmpeg program everything else and, where there is one, MP3 and Ogg, of
     which libsndfile misses what follows the first recording in a file. Raises AudioError.
     """
-    has_ffmpeg, head = shutil.which("ffmpeg") is not None, os.pread(file.fileno(), 1 << 16, 0)
-    n_read, rate, problem = 0, 1, "it has no samples"
+    head = os.pread(file.fileno(), 1 << 16, 0)
+    has_ffmpeg = shutil.which("ffmpeg") is not None
+    n_read, rate = 0, 1
+    problem = "it has no samples"  # unless something else is found
     if re.match(rb"(RIFF|RF64|BW64)....WAVE", head, re.DOTALL) and max(map(head.count, SYNC_WORDS)) > 2:
         problem = "in place of samples it has a bitstream such as DTS"  # which libsndfile would take for noise
     elif not (has_ffmpeg and re.match(rb"ID3|\xff[\xe0-\xff]|OggS", head)):
@@ -615,7 +620,7 @@ def read_channels(path: str, file, warn: Callable[[str], None]) -> Iterator[tupl
     if not has_ffmpeg:
         remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
         raise AudioError(f"not audio that libsndfile reads ({problem}); {remedy}")
-    yield from ffmpeg_blocks(path, file, warn)
+    yield from ffmpeg_blocks(path, head, warn)
     warn_of_length(file, declared_end(file) or os.fstat(file.fileno()).st_size, warn)
 
 
@@ -648,11 +653,9 @@ def split_at_pauses(
     """
     longest, buffer, start = round(chunk_length_s * rate), np.empty(0, np.float32), 0
     tail = min(longest // 2, round(SHORTEST_TAIL_S * rate))
-    blocks = iter(blocks)
-    groups = iter(lambda: list(itertools.islice(blocks, 8)), [])  # to copy the buffer for each block would take long
-    for group in itertools.chain(groups, [[]]):  # the empty one is the end
-        buffer = np.concatenate([buffer, *group])
-        spare = tail if group else 0  # while more may come, at least the shortest tail stays behind a cut
+    for block in itertools.chain(blocks, [np.empty(0, np.float32)]):  # the empty one is the end
+        buffer = np.concatenate([buffer, block])
+        spare = tail if len(block) else 0  # while more may come, at least the shortest tail stays behind a cut
         if start == 0 and len(buffer) <= WINDOW_S * rate + spare:
             continue
         while len(buffer) > longest + spare:
