@@ -6,6 +6,7 @@ Milliseconds of processor time for 15 s, stage by stage, of recordings of five m
 ffmpeg program's own time, 44.1 kHz stereo m4a. The medians of several runs in one thread.
 """
 import argparse
+import itertools
 import os
 import resource
 import statistics
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -27,6 +29,7 @@ from tone_speech import random_text, synthesize  # noqa: E402
 import inference  # noqa: E402
 
 N_CHUNKS = 20
+STAGES = ("reading", "mixing", "cutting", "resampling", "speech?", "features")
 
 
 def record(path: str) -> None:
@@ -43,26 +46,33 @@ def cpu_s() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def measure(path: str, extractor) -> Counter:
-    """Milliseconds for a chunk of the recording by stage."""
-    costs, started = Counter(), cpu_s()
+def measure(path: str, rate: int, extractor) -> dict[str, float]:
+    """Milliseconds for 15 s of the recording by stage, which follow each other block by block as in inference.py."""
+    costs, begun = Counter(), cpu_s()
 
-    def lap(stage: str, result):
-        """The result, once its time has been put down to the stage."""
-        nonlocal started
-        costs[stage] += 1000 * (cpu_s() - started) / N_CHUNKS
-        started = cpu_s()
-        return result
+    def timed(stage: str, items: Iterable) -> Iterator:
+        """The same items; the time that they take, all stages before it included, is put down to the stage."""
+        items = iter(items)
+        while True:
+            started = cpu_s()
+            item = next(items, None)
+            costs[stage] += cpu_s() - started
+            if item is None:
+                return
+            yield item
 
-    channels = lap("reading", list(common.read_channels(path, print)))
-    [rate] = {rate for rate, _ in channels}
-    blocks = lap("mixing", [block for _, block in common.mix_down(channels)])
-    waveforms = lap("cutting", [waveform for _, waveform in common.split_at_pauses(blocks, rate, 15)])
-    resample = common.import_librosa().resample
-    waveforms = lap("resampling", [resample(x, orig_sr=rate, target_sr=common.SAMPLING_RATE) for x in waveforms])
-    lap("speech?", [inference.find_loud_frames(x) for x in waveforms if not common.is_steady(x, common.SAMPLING_RATE)])
-    lap("features", [common.extract_features(extractor, x) for x in waveforms])
-    return costs | {"together": costs.total(), "chunks": len(waveforms)}
+    with open(path, "rb", buffering=0) as file:
+        channels = timed("reading", common.read_channels(path, file, print))
+        blocks = (block for _, block in timed("mixing", common.mix_down(channels)))
+        waveforms = (waveform for _, waveform in timed("cutting", common.split_at_pauses(blocks, rate, 15)))
+        resample = common.import_librosa().resample
+        waveforms = timed("resampling", (resample(x, orig_sr=rate, target_sr=common.SAMPLING_RATE) for x in waveforms))
+        moving = (x for x in waveforms if not common.is_steady(x, common.SAMPLING_RATE))
+        heard = timed("speech?", ((x, inference.find_loud_frames(x)) for x in moving))
+        n = sum(1 for _ in timed("features", (common.extract_features(extractor, x) for x, _ in heard)))
+    own = {stage: costs[stage] - costs[before] for before, stage in itertools.pairwise(["", *STAGES])}
+    figures = {stage: 1000 * seconds / N_CHUNKS for stage, seconds in own.items()}
+    return figures | {"together": 1000 * (cpu_s() - begun) / N_CHUNKS, "chunks": n}
 
 
 def main() -> None:
@@ -75,9 +85,9 @@ def main() -> None:
         wav, m4a = (os.path.join(folder, name) for name in ("48-kHz.wav", "44.1-kHz.m4a"))
         record(wav)
         subprocess.run(["ffmpeg", "-v", "error", "-i", wav, "-ar", "44100", m4a], check=True)
-        for path in (wav, m4a):
-            measure(path, extractor)  # the first run imports and compiles
-            runs = [measure(path, extractor) for _ in range(n_runs)]
+        for path, rate in ((wav, 48_000), (m4a, 44_100)):
+            measure(path, rate, extractor)  # the first run imports and compiles
+            runs = [measure(path, rate, extractor) for _ in range(n_runs)]
             rows.append([os.path.basename(path), *(statistics.median(run[stage] for run in runs) for stage in runs[0])])
     print("| ms |", " | ".join(runs[0]), "|\n|" + "---|" * len(rows[0]))
     for name, *figures in rows:
