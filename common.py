@@ -425,6 +425,46 @@ def load_model(
 # --- Audio: path -> waveform -> chunks ---
 
 
+@dataclass(eq=False)
+class Chunk:
+    """A stretch of a recording that is decoded at once; start and end in seconds from the recording's beginning."""
+
+    start: float
+    end: float
+    waveform: np.ndarray  # (n_samples,) float32 at SAMPLING_RATE
+
+
+def read_chunks(path: str, chunk_length_s: float, warn: Callable[[str], None]) -> Iterator[Chunk]:
+    """The chunks of a recording, at least one, which tile it.
+
+    warn is called with one line for what may be lost. Raises AudioError, and SetupError as import_librosa does.
+    """
+    blocks = read_blocks(path, warn)
+    rate, block = next(blocks)
+    blocks = itertools.chain([block], (block for _, block in blocks))
+    for first, waveform in split_at_pauses(blocks, rate, chunk_length_s):
+        start, end = first / rate, (first + len(waveform)) / rate
+        if rate != SAMPLING_RATE:
+            waveform = import_librosa().resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
+        yield Chunk(start, end, waveform[: WINDOW_S * SAMPLING_RATE])  # rounding may add a sample
+
+
+def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples of a recording, mixed down, block by block: (sampling rate in Hz, (n,) float32), at least once.
+
+    warn is called with one line for what may be lost. Raises AudioError.
+    """
+    check_file(path)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            yield from mix_down(read_channels(path, file, warn))
+            if (new_size := os.fstat(file.fileno()).st_size) != size:
+                warn(f"it had {size} bytes and now has {new_size}: it is still being written, and more may follow")
+    except OSError as error:
+        raise AudioError(error.strerror or first_line(error)) from error
+
+
 def check_file(path: str) -> None:
     """Raise AudioError where there is no file that could hold audio."""
     if not os.path.isfile(path):
@@ -437,43 +477,39 @@ def check_file(path: str) -> None:
         raise AudioError("no permission to read it")
 
 
-def mix_down(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
-    """STRETCH_S blocks in one, the channels mixed: (sampling rate, (n_channels, n)) to (sampling rate, (n,) float32).
+def read_channels(path: str, file, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples of an open file, second by second: (sampling rate in Hz, (n_channels, n) float32), at least once.
 
-    A channel of silence, hum, hiss or timecode is left out where somebody may speak on another one. Where nothing moves
-    on any channel, what held before still holds.
+    libsndfile reads what it knows, and the ffmpeg program everything else and, where there is one, MP3 and Ogg, of
+    which libsndfile misses what follows the first recording in a file. Raises AudioError.
     """
-    blocks, moving = iter(blocks), []
-    while stretch := list(itertools.islice(blocks, STRETCH_S)):
-        rate, channels = stretch[0][0], list(zip(*(block for _, block in stretch), strict=True))
-        moving = moving or list(range(len(channels)))
-        if len(channels) > 1 and sum(map(len, channels[0])) >= rate:  # less than a second is too short to tell
-            step = max(1, rate // SAMPLING_RATE)  # fewer samples have the same level
-            samples = [np.concatenate([part[::step] for part in channel]) for channel in channels]
-            moving = [i for i, part in enumerate(samples) if not is_steady(part, rate // step)] or moving
-        yield rate, np.concatenate([mix_block([block[i] for i in moving]) for _, block in stretch])
-
-
-def is_steady(waveform: np.ndarray, rate: int) -> bool:
-    """Whether a waveform is so steady that nobody speaks in it, however loud it is: silence, hum, noise.
-
-    Less than a second is too short to tell, unless it is digital silence.
-    """
-    levels = mean_squares(waveform, rate, STEADY_WINDOW_S)
-    steady = levels.max() <= np.percentile(levels, 10) * 10 ** (STEADY_DB / 10)
-    return bool(steady and (len(waveform) >= rate or levels.max() == 0))
-
-
-def mix_block(channels: list[np.ndarray]) -> np.ndarray:
-    """The mean of channels, (n,) float32.
-
-    Where the mean is far quieter than the loudest channel, because channels cancel out or most are silent, that channel
-    is returned.
-    """
-    mix = sum(channels[1:], channels[0]) / len(channels)
-    slopes = [np.diff(waveform) for waveform in (mix, *channels)]  # these weigh speech more than a low hum
-    mix_power, *powers = [np.dot(slope, slope) for slope in slopes]
-    return mix if mix_power >= max(powers) / FAR_QUIETER else channels[np.argmax(powers)]
+    head = os.pread(file.fileno(), 1 << 16, 0)
+    has_ffmpeg = shutil.which("ffmpeg") is not None
+    n_read, rate = 0, 1
+    problem = "it has no samples"  # unless something else is found
+    if re.match(rb"(RIFF|RF64|BW64)....WAVE", head, re.DOTALL) and max(map(head.count, SYNC_WORDS)) > 2:
+        problem = "in place of samples it has a bitstream such as DTS"  # which libsndfile would take for noise
+    elif not (has_ffmpeg and re.match(rb"ID3|\xff[\xe0-\xff]|OggS", head)):
+        try:
+            with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+                for rate, block in sound_blocks(sound):
+                    n_read += block.shape[1]
+                    yield rate, block
+                if sound.format == "OGG" and n_read < sound.frames < UNKNOWN_LENGTH:
+                    warn(f"damaged: {n_read / rate:.0f} of {sound.frames / rate:.0f} s can be read")
+                if n_read:
+                    warn_of_length(file, file.tell(), warn)
+        except soundfile.LibsndfileError as error:
+            problem = error.error_string.rstrip(".")
+            if n_read:
+                warn(f"damaged after {n_read / rate:.0f} s ({error.error_string}): what follows is lost")
+    if n_read:
+        return
+    if not has_ffmpeg:
+        remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
+        raise AudioError(f"not audio that libsndfile reads ({problem}); {remedy}")
+    yield from ffmpeg_blocks(path, head, warn)
+    warn_of_length(file, declared_end(file) or os.fstat(file.fileno()).st_size, warn)
 
 
 def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]:
@@ -546,6 +582,19 @@ def ffmpeg_command(path: str, head: bytes) -> list[str]:
     return command
 
 
+def warn_of_length(file, end: int, warn: Callable[[str], None]) -> None:
+    """Say how many bytes lie behind the end of a recording, which may be another one, or are missing, where it is much.
+
+    end is where reading stopped, in bytes. What the header declares behind that is the recording's own: pictures, say.
+    """
+    size, declared = os.fstat(file.fileno()).st_size, declared_end(file)
+    end, much = max(end, declared), max(1 << 16, size // 100)
+    if size - end > much:
+        warn(f"{size - end} bytes behind the end that its header declares were not read")
+    if declared - size > much:
+        warn(f"{declared - size} bytes that its header declares are missing at the end")
+
+
 def declared_end(file) -> int:
     """The bytes that a recording has by its header; 0 where that does not say it, or has a recorder's placeholder."""
     head = os.pread(file.fileno(), 48, 0)
@@ -562,87 +611,43 @@ def declared_end(file) -> int:
     return end
 
 
-def warn_of_length(file, end: int, warn: Callable[[str], None]) -> None:
-    """Say how many bytes lie behind the end of a recording, which may be another one, or are missing, where it is much.
+def mix_down(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+    """STRETCH_S blocks in one, the channels mixed: (sampling rate, (n_channels, n)) to (sampling rate, (n,) float32).
 
-    end is where reading stopped, in bytes. What the header declares behind that is the recording's own: pictures, say.
+    A channel of silence, hum, hiss or timecode is left out where somebody may speak on another one. Where nothing moves
+    on any channel, what held before still holds.
     """
-    size, declared = os.fstat(file.fileno()).st_size, declared_end(file)
-    end, much = max(end, declared), max(1 << 16, size // 100)
-    if size - end > much:
-        warn(f"{size - end} bytes behind the end that its header declares were not read")
-    if declared - size > much:
-        warn(f"{declared - size} bytes that its header declares are missing at the end")
+    blocks, moving = iter(blocks), []
+    while stretch := list(itertools.islice(blocks, STRETCH_S)):
+        rate, channels = stretch[0][0], list(zip(*(block for _, block in stretch), strict=True))
+        moving = moving or list(range(len(channels)))
+        if len(channels) > 1 and sum(map(len, channels[0])) >= rate:  # less than a second is too short to tell
+            step = max(1, rate // SAMPLING_RATE)  # fewer samples have the same level
+            samples = [np.concatenate([part[::step] for part in channel]) for channel in channels]
+            moving = [i for i, part in enumerate(samples) if not is_steady(part, rate // step)] or moving
+        yield rate, np.concatenate([mix_block([block[i] for i in moving]) for _, block in stretch])
 
 
-def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of a recording, mixed down, block by block: (sampling rate in Hz, (n,) float32), at least once.
+def mix_block(channels: list[np.ndarray]) -> np.ndarray:
+    """The mean of channels, (n,) float32.
 
-    warn is called with one line for what may be lost. Raises AudioError.
+    Where the mean is far quieter than the loudest channel, because channels cancel out or most are silent, that channel
+    is returned.
     """
-    check_file(path)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            yield from mix_down(read_channels(path, file, warn))
-            if (new_size := os.fstat(file.fileno()).st_size) != size:
-                warn(f"it had {size} bytes and now has {new_size}: it is still being written, and more may follow")
-    except OSError as error:
-        raise AudioError(error.strerror or first_line(error)) from error
+    mix = sum(channels[1:], channels[0]) / len(channels)
+    slopes = [np.diff(waveform) for waveform in (mix, *channels)]  # these weigh speech more than a low hum
+    mix_power, *powers = [np.dot(slope, slope) for slope in slopes]
+    return mix if mix_power >= max(powers) / FAR_QUIETER else channels[np.argmax(powers)]
 
 
-def read_channels(path: str, file, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of an open file, second by second: (sampling rate in Hz, (n_channels, n) float32), at least once.
+def is_steady(waveform: np.ndarray, rate: int) -> bool:
+    """Whether a waveform is so steady that nobody speaks in it, however loud it is: silence, hum, noise.
 
-    libsndfile reads what it knows, and the ffmpeg program everything else and, where there is one, MP3 and Ogg, of
-    which libsndfile misses what follows the first recording in a file. Raises AudioError.
+    Less than a second is too short to tell, unless it is digital silence.
     """
-    head = os.pread(file.fileno(), 1 << 16, 0)
-    has_ffmpeg = shutil.which("ffmpeg") is not None
-    n_read, rate = 0, 1
-    problem = "it has no samples"  # unless something else is found
-    if re.match(rb"(RIFF|RF64|BW64)....WAVE", head, re.DOTALL) and max(map(head.count, SYNC_WORDS)) > 2:
-        problem = "in place of samples it has a bitstream such as DTS"  # which libsndfile would take for noise
-    elif not (has_ffmpeg and re.match(rb"ID3|\xff[\xe0-\xff]|OggS", head)):
-        try:
-            with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
-                for rate, block in sound_blocks(sound):
-                    n_read += block.shape[1]
-                    yield rate, block
-                if sound.format == "OGG" and n_read < sound.frames < UNKNOWN_LENGTH:
-                    warn(f"damaged: {n_read / rate:.0f} of {sound.frames / rate:.0f} s can be read")
-                if n_read:
-                    warn_of_length(file, file.tell(), warn)
-        except soundfile.LibsndfileError as error:
-            problem = error.error_string.rstrip(".")
-            if n_read:
-                warn(f"damaged after {n_read / rate:.0f} s ({error.error_string}): what follows is lost")
-    if n_read:
-        return
-    if not has_ffmpeg:
-        remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
-        raise AudioError(f"not audio that libsndfile reads ({problem}); {remedy}")
-    yield from ffmpeg_blocks(path, head, warn)
-    warn_of_length(file, declared_end(file) or os.fstat(file.fileno()).st_size, warn)
-
-
-def mean_squares(waveform: np.ndarray, rate: int, window_s: float) -> np.ndarray:
-    """The mean square of a waveform, without its offset, in windows of window_s seconds, of which one begins every
-    LEVEL_HOP_S: (n >= 1,) float64."""
-    hop = min(len(waveform), max(1, round(LEVEL_HOP_S * rate)))
-    frames = waveform[: len(waveform) // hop * hop].reshape(-1, hop).astype(np.float64)
-    frames -= (frames @ np.full(hop, 1.0) / hop)[:, None]
-    energy = np.einsum("ij,ij->i", frames, frames) / hop
-    window = min(len(energy), round(window_s / LEVEL_HOP_S))
-    return np.convolve(energy, np.full(window, 1 / window), "valid")
-
-
-def quietest_cut(waveform: np.ndarray, rate: int) -> int:
-    """Index of the quietest moment in the latter half of a waveform; of equally quiet ones the last."""
-    half = len(waveform) // 2
-    levels = mean_squares(waveform[half:], rate, PAUSE_S)
-    quietest = len(levels) - 1 - int(np.argmin(levels[::-1]))
-    return max(1, half + quietest * max(1, round(LEVEL_HOP_S * rate)) + round(PAUSE_S / 2 * rate))
+    levels = mean_squares(waveform, rate, STEADY_WINDOW_S)
+    steady = levels.max() <= np.percentile(levels, 10) * 10 ** (STEADY_DB / 10)
+    return bool(steady and (len(waveform) >= rate or levels.max() == 0))
 
 
 def split_at_pauses(
@@ -668,6 +673,25 @@ def split_at_pauses(
         yield start, buffer
 
 
+def quietest_cut(waveform: np.ndarray, rate: int) -> int:
+    """Index of the quietest moment in the latter half of a waveform; of equally quiet ones the last."""
+    half = len(waveform) // 2
+    levels = mean_squares(waveform[half:], rate, PAUSE_S)
+    quietest = len(levels) - 1 - int(np.argmin(levels[::-1]))
+    return max(1, half + quietest * max(1, round(LEVEL_HOP_S * rate)) + round(PAUSE_S / 2 * rate))
+
+
+def mean_squares(waveform: np.ndarray, rate: int, window_s: float) -> np.ndarray:
+    """The mean square of a waveform, without its offset, in windows of window_s seconds, of which one begins every
+    LEVEL_HOP_S: (n >= 1,) float64."""
+    hop = min(len(waveform), max(1, round(LEVEL_HOP_S * rate)))
+    frames = waveform[: len(waveform) // hop * hop].reshape(-1, hop).astype(np.float64)
+    frames -= (frames @ np.full(hop, 1.0) / hop)[:, None]
+    energy = np.einsum("ij,ij->i", frames, frames) / hop
+    window = min(len(energy), round(window_s / LEVEL_HOP_S))
+    return np.convolve(energy, np.full(window, 1 / window), "valid")
+
+
 def import_librosa():
     """librosa, with what is used of it. Raises SetupError where numba, which it needs, may not keep a cache."""
     import librosa
@@ -678,30 +702,6 @@ def import_librosa():
         remedy = "set NUMBA_CACHE_DIR to a folder that you may write to"
         raise SetupError(f"librosa cannot be loaded ({first_line(error)}): {remedy}") from error
     return librosa
-
-
-@dataclass(eq=False)
-class Chunk:
-    """A stretch of a recording that is decoded at once; start and end in seconds from the recording's beginning."""
-
-    start: float
-    end: float
-    waveform: np.ndarray  # (n_samples,) float32 at SAMPLING_RATE
-
-
-def read_chunks(path: str, chunk_length_s: float, warn: Callable[[str], None]) -> Iterator[Chunk]:
-    """The chunks of a recording, at least one, which tile it.
-
-    warn is called with one line for what may be lost. Raises AudioError, and SetupError as import_librosa does.
-    """
-    blocks = read_blocks(path, warn)
-    rate, block = next(blocks)
-    blocks = itertools.chain([block], (block for _, block in blocks))
-    for first, waveform in split_at_pauses(blocks, rate, chunk_length_s):
-        start, end = first / rate, (first + len(waveform)) / rate
-        if rate != SAMPLING_RATE:
-            waveform = import_librosa().resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
-        yield Chunk(start, end, waveform[: WINDOW_S * SAMPLING_RATE])  # rounding may add a sample
 
 
 # --- Recognition: chunks -> token ids ---
