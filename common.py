@@ -59,7 +59,8 @@ LENGTHS = (  # where formats declare their length: pattern, byte order, bytes th
 )
 # With one of these begins each frame of S/PDIF (IEC 61937) and of DTS, in words of 14 or 16 bits and either byte order.
 SYNC_WORDS = (b"\x72\xf8\x1f\x4e", b"\xff\x1f\0\xe8", b"\x1f\xff\xe8\0", b"\xfe\x7f\1\x80", b"\x7f\xfe\x80\1")
-CAF_CHUNK, AVI_CHUNK = (rb"[ -~]{4}(\0\0.{6})", "big", 12), (rb"RIFF(.{4})AVI[ X]", "little", 8)  # of the same kind
+# In CAF and in AVI of more than 1 GB, a row of chunks that each have a length: pattern, byte order, bytes not counted.
+CAF_CHUNK, AVI_CHUNK = (rb"(?!data\0{8})[ -~]{4}(\0\0.{6})", "big", 12), (rb"RIFF(.{4})AVI[ X]", "little", 8)
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # characters that end a line or steer a terminal
 
 
@@ -604,11 +605,10 @@ def declared_end(file) -> int:
             *others, length = (int.from_bytes(group, byteorder) for group in match.groups())
             is_known = 0 < length < (0x7FFFF000 if len(match[1]) == 4 else UNKNOWN_LENGTH)
             end = sum(others) + length + n_more if is_known else 0
-    # CAF, and AVI of more than 1 GB, are a row of chunks that each have a length.
     pattern, byteorder, n_more = CAF_CHUNK if head[:4] == b"caff" else AVI_CHUNK
     while end and (match := re.match(pattern, os.pread(file.fileno(), 12, end), re.DOTALL)):
         end += int.from_bytes(match[1], byteorder) + n_more
-    return end
+    return 0 if os.pread(file.fileno(), 4, end) == b"data" else end  # samples of unknown length, in CAF
 
 
 def mix_down(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:

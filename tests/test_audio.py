@@ -242,7 +242,7 @@ def test_a_recording_cut_at_three_quarters_is_heard_to_there(tmp_path, ffmpeg, e
     assert_alike(samples[: 13 * rate], waveform, rate)
 
 
-@pytest.mark.parametrize("n_samples", [1, 2048, 32_768])
+@pytest.mark.parametrize("n_samples", [1, 2048, 65_536])
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
 def test_a_recorder_that_was_stopped_before_it_wrote_the_length(tmp_path, ffmpeg, n_samples, size):
     samples = np.random.default_rng(0).integers(-9999, 9999, n_samples).astype("<i2")
@@ -253,8 +253,8 @@ def test_a_recorder_that_was_stopped_before_it_wrote_the_length(tmp_path, ffmpeg
     caf += b"data" + struct.pack(">qI", size if size == 0 else -1, 0)
     for head in (b"RIFF" + struct.pack("<I", size) + wav % b"", b"RIFF" + bytes(4) + wav % padding, caf):
         (tmp_path / "a.wav").write_bytes(head + data)
-        _, got, _ = read(tmp_path / "a.wav")
-        assert np.array_equal(np.round(got * 32768), samples)
+        _, got, warnings = read(tmp_path / "a.wav")
+        assert np.array_equal(np.round(got * 32768), samples) and not any("header" in text for text in warnings)
 
 
 def test_the_reason_is_ffmpeg_s_and_not_a_line_of_the_dynamic_loader(tmp_path, ffmpeg, monkeypatch):
