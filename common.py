@@ -44,9 +44,23 @@ CLAMPED_FLOAT16 = 64_504  # the largest float16 less 1000: WhisperEncoderLayer m
 LOUDEST_SAMPLE = 100.0  # 40 dB above full scale: samples beyond are integers written as floats, or damage
 LEVEL_HOP_S = 0.01  # from one measurement of loudness to the next
 PAUSE_S = 0.3  # longer than the silence inside a stop consonant or a small tsu, which is no pause
+STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # least variation of speech; the steadiest of 475 inputs has 4.9 dB
+STRETCH_S = 8  # a channel on which nothing moves for so many blocks, of a second, is left out if it does on another one
+MAX_BLOCK = 1 << 22  # samples of all channels that are read at once
 SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
 FAR_QUIETER = 100  # a factor of power: 20 dB
-UNKNOWN_LENGTH = 1 << 62  # samples: libsndfile gives more than that where it does not know
+UNKNOWN_LENGTH = 1 << 62  # samples or bytes: libsndfile gives more than that where it does not know
+LENGTHS = (  # where formats declare their length: pattern, byte order, bytes that are not counted
+    (rb"RIFF(.{4})(?:WAVE|AVI )", "little", 8),
+    (rb"(?:RF64|BW64).{4}WAVEds64.{4}(.{8})", "little", 8),
+    (rb"riff.{12}(.{8})wave", "little", 0),  # W64
+    (rb"FORM(.{4})AIF", "big", 8),
+    (rb"\.snd(.{4})(.{4})", "big", 0),  # AU: of the header and of the samples
+)
+# With one of these begins each frame of S/PDIF (IEC 61937) and of DTS, in words of 14 or 16 bits and either byte order.
+SYNC_WORDS = (b"\x72\xf8\x1f\x4e", b"\xff\x1f\0\xe8", b"\x1f\xff\xe8\0", b"\xfe\x7f\1\x80", b"\x7f\xfe\x80\1")
+# In CAF and in AVI of more than 1 GB, a row of chunks that each have a length: pattern, byte order, bytes not counted.
+CAF_CHUNK, AVI_CHUNK = (rb"(?!data\0{8})[ -~]{4}(\0\0.{6})", "big", 12), (rb"RIFF(.{4})AVI[ X]", "little", 8)
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # characters that end a line or steer a terminal
 
 
@@ -412,200 +426,6 @@ def load_model(
 # --- Audio: path -> waveform -> chunks ---
 
 
-def check_file(path: str) -> None:
-    """Raise AudioError where there is no file that could hold audio."""
-    if not os.path.isfile(path):
-        if path == "-" or "://" in path or os.path.exists(path):
-            raise AudioError("not a regular file: save the sound to one first, and name that")
-        raise AudioError("no such file or folder")
-    if os.path.getsize(path) == 0:
-        raise AudioError("empty (0 bytes)")
-    if not os.access(path, os.R_OK):
-        raise AudioError("no permission to read it")
-
-
-def mix_down(block: np.ndarray) -> np.ndarray:
-    """The mean of all channels, (n, n_channels) to (n,) float32. Raises AudioError for what is no audio.
-
-    Where the mean is far quieter than the loudest channel, because channels cancel out or most are silent, that channel
-    is returned.
-    """
-    if not (loudest := np.abs(block).max()) <= LOUDEST_SAMPLE:
-        is_number = loudest < np.inf
-        raise AudioError(f"samples of {loudest:g} where 1 is full scale" if is_number else "NaN or infinite samples")
-    slopes = np.diff(block, axis=0, prepend=block[:1])  # these weigh speech more than a low hum
-    mix_power, powers = np.square(slopes.mean(axis=1)).mean(), np.square(slopes).mean(axis=0)
-    return block.mean(axis=1) if mix_power >= powers.max() / FAR_QUIETER else block[:, powers.argmax()]
-
-
-def sound_blocks(sound: soundfile.SoundFile, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of an open file up to where it is damaged, as read_blocks gives them; returns whether it is whole.
-
-    Raises AudioError, and LibsndfileError where there is not one sample before the damage.
-    """
-    sound.seekable = lambda: False  # else soundfile seeks after every read, and MP3 is wrong for 40 ms
-    rate, n_read = sound.samplerate, 0
-    n_frames = sound.frames if sound.format == "FLAC" else math.inf  # in FLAC it would read on into what follows
-    try:
-        while len(block := sound.read(min(rate, 1 << 20, n_frames - n_read), "float32", always_2d=True)):
-            n_read += len(block)
-            yield rate, mix_down(block)
-    except soundfile.LibsndfileError as error:
-        if n_read == 0:
-            raise
-        warn(f"damaged after {n_read / rate:.0f} s ({error.error_string}): what follows is lost")
-        return False
-    if sound.format == "OGG" and n_read < sound.frames < UNKNOWN_LENGTH:
-        warn(f"damaged: {n_read / rate:.0f} of {sound.frames / rate:.0f} s can be read")
-    return True
-
-
-def ffmpeg_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of whatever the ffmpeg program reads, as read_blocks gives them: it writes AU, which libsndfile
-    reads from a pipe.
-
-    Its exit status decides: what it says of a recording that it could read is a warning. Raises AudioError.
-    """
-    with open(path, "rb") as file:
-        head = file.read(8)
-    # async=1 fills gaps of the clock with silence, but drops sound where the clock stands or steps back: so each frame
-    # begins when the clock says or, if that is later, at the end of the frame before, which is kept in variable 0.
-    filters = "asetpts='st(1,max(PTS,ld(0)));st(0,ld(1)+S/SR/TB);ld(1)',aresample=async=1"
-    if re.match(rb"ID3|\xff[\xe0-\xff]|\x0b\x77", head):  # MP3, AAC and AC-3 have no clock
-        filters = "anull"
-    # first_pts=0 keeps the silence before a sound that begins later than the picture, in MP4 and Matroska; in broadcast
-    # streams it would repeat sound where the format changes.
-    if re.match(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1a\x45\xdf\xa3", head, re.DOTALL):
-        filters += ":first_pts=0"
-    # file: keeps a name like concat:x from being taken for a protocol. A jump of a transport stream's clock by up to
-    # 60 s, not 10, is a gap; a longer one means a new clock.
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-dts_delta_threshold", "60", "-i", f"file:{path}", "-vn"]
-    command += ["-af", filters, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
-    rate, n_read = 1, 0
-    with tempfile.TemporaryFile() as messages:  # a pipe that nobody reads could block ffmpeg
-        with (
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process,
-            contextlib.suppress(soundfile.LibsndfileError),  # nothing came: ffmpeg says why
-            soundfile.SoundFile(process.stdout.fileno(), closefd=False) as sound,
-        ):
-            for rate, block in sound_blocks(sound, warn):
-                n_read += len(block)
-                yield rate, block
-        messages.seek(0)
-        lines = (line.decode(errors="replace").strip() for line in messages)
-        said = next((line for line in lines if line and not line.startswith("ERROR: ld.so:")), "")
-    if n_read == 0:
-        raise AudioError(f"no sound in it that ffmpeg can read ({said or 'it does not say why'})")
-    if process.returncode != 0:
-        warn(f"ffmpeg broke off after {n_read / rate:.0f} s: {said}")
-    elif said:
-        warn(f"ffmpeg says: {said}")
-    warn_of_length(path, None, warn)
-
-
-def warn_of_length(path: str, end: int | None, warn: Callable[[str], None]) -> None:
-    """Say how many bytes lie behind the end of a recording, which may be another one, or are missing, where it is much.
-
-    end is where libsndfile stopped. For None, and for what is missing, the headers of WAV and AIFF are asked.
-    """
-    with open(path, "rb") as file:
-        head, size = file.read(12), os.path.getsize(path)
-    declared = 8 + int.from_bytes(head[4:8], "little" if head[:1] == b"R" else "big")
-    was_written = 8 < declared < 0x7FFFF000  # else the recorder has left a placeholder
-    if not (re.match(rb"RIFF....WAVE|FORM....AIF", head, re.DOTALL) and was_written):
-        declared = size
-    end, much = declared if end is None else end, max(1 << 16, size // 100)
-    if size - end > much:
-        warn(f"{size - end} bytes behind the end that its header declares were not read")
-    if declared - size > much:
-        warn(f"{declared - size} bytes that its header declares are missing at the end")
-
-
-def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of a recording, mixed down, second by second: (sampling rate in Hz, (n,) float32), at least once.
-
-    libsndfile reads what it knows, and the ffmpeg program everything else and, where there is one, MP3 and Ogg, of
-    which libsndfile misses what follows the first recording in a file. warn is called with one line for what may be
-    lost. Raises AudioError.
-    """
-    check_file(path)
-    has_ffmpeg, problem = shutil.which("ffmpeg") is not None, "it has no samples"
-    try:
-        with open(path, "rb", buffering=0) as file:
-            is_for_ffmpeg = has_ffmpeg and re.match(rb"ID3|\xff[\xe0-\xff]|OggS", os.pread(file.fileno(), 4, 0))
-            if not is_for_ffmpeg:
-                with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
-                    blocks = sound_blocks(sound, warn)
-                    if first := next(blocks, None):
-                        yield first
-                        if (yield from blocks):
-                            warn_of_length(path, file.tell(), warn)
-                        return
-    except soundfile.LibsndfileError as error:
-        problem = error.error_string.rstrip(".")
-    except OSError as error:
-        raise AudioError(error.strerror or first_line(error)) from error
-    if not has_ffmpeg:
-        remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
-        raise AudioError(f"not audio that libsndfile reads ({problem}); {remedy}")
-    yield from ffmpeg_blocks(path, warn)
-
-
-def mean_squares(waveform: np.ndarray, rate: int, window_s: float) -> np.ndarray:
-    """The mean square of a waveform, without its offset, in windows of window_s seconds, of which one begins every
-    LEVEL_HOP_S: (n >= 1,) float64."""
-    hop = min(len(waveform), max(1, round(LEVEL_HOP_S * rate)))
-    frames = waveform[: len(waveform) // hop * hop].reshape(-1, hop)
-    energy = np.var(frames, axis=1, dtype=np.float64)
-    window = min(len(energy), round(window_s / LEVEL_HOP_S))
-    return np.convolve(energy, np.full(window, 1 / window), "valid")
-
-
-def quietest_cut(waveform: np.ndarray, rate: int) -> int:
-    """Index of the quietest moment in the latter half of a waveform; of equally quiet ones the last."""
-    half = len(waveform) // 2
-    levels = mean_squares(waveform[half:], rate, PAUSE_S)
-    quietest = len(levels) - 1 - int(np.argmin(levels[::-1]))
-    return max(1, half + quietest * max(1, round(LEVEL_HOP_S * rate)) + round(PAUSE_S / 2 * rate))
-
-
-def split_at_pauses(
-    blocks: Iterable[np.ndarray], rate: int, chunk_length_s: float
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Chunks that tile the blocks without gap or overlap: (index of the first sample, waveform).
-
-    Audio that fits the window of the model is one chunk. Of longer audio, each stretch of chunk_length_s seconds is cut
-    at the quietest moment of its latter half. Little more than a window is held in memory.
-    """
-    longest, buffer, start = round(chunk_length_s * rate), np.empty(0, np.float32), 0
-    tail = min(longest // 2, round(SHORTEST_TAIL_S * rate))
-    blocks = iter(blocks)
-    groups = iter(lambda: list(itertools.islice(blocks, 8)), [])  # to copy the buffer for each block would take long
-    for group in itertools.chain(groups, [[]]):  # the empty one is the end
-        buffer = np.concatenate([buffer, *group])
-        spare = tail if group else 0  # while more may come, at least the shortest tail stays behind a cut
-        if start == 0 and len(buffer) <= WINDOW_S * rate + spare:
-            continue
-        while len(buffer) > longest + spare:
-            cut = quietest_cut(buffer[: min(longest, len(buffer) - tail)], rate)
-            yield start, buffer[:cut]
-            start, buffer = start + cut, buffer[cut:]
-    if len(buffer):
-        yield start, buffer
-
-
-def import_librosa():
-    """librosa, with what is used of it. Raises SetupError where numba, which it needs, may not keep a cache."""
-    import librosa
-
-    try:
-        librosa.resample, librosa.sequence.dtw  # noqa: B018  (they are imported when they are first named)
-    except RuntimeError as error:
-        remedy = "set NUMBA_CACHE_DIR to a folder that you may write to"
-        raise SetupError(f"librosa cannot be loaded ({first_line(error)}): {remedy}") from error
-    return librosa
-
-
 @dataclass(eq=False)
 class Chunk:
     """A stretch of a recording that is decoded at once; start and end in seconds from the recording's beginning."""
@@ -628,6 +448,260 @@ def read_chunks(path: str, chunk_length_s: float, warn: Callable[[str], None]) -
         if rate != SAMPLING_RATE:
             waveform = import_librosa().resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
         yield Chunk(start, end, waveform[: WINDOW_S * SAMPLING_RATE])  # rounding may add a sample
+
+
+def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples of a recording, mixed down, block by block: (sampling rate in Hz, (n,) float32), at least once.
+
+    warn is called with one line for what may be lost. Raises AudioError.
+    """
+    check_file(path)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            yield from mix_down(read_channels(path, file, warn))
+            if (new_size := os.fstat(file.fileno()).st_size) != size:
+                warn(f"it had {size} bytes and now has {new_size}: it is still being written, and more may follow")
+    except OSError as error:
+        raise AudioError(error.strerror or first_line(error)) from error
+
+
+def check_file(path: str) -> None:
+    """Raise AudioError where there is no file that could hold audio."""
+    if not os.path.isfile(path):
+        if path == "-" or "://" in path or os.path.exists(path):
+            raise AudioError("not a regular file: save the sound to one first, and name that")
+        raise AudioError("no such file or folder")
+    if os.path.getsize(path) == 0:
+        raise AudioError("empty (0 bytes)")
+    if not os.access(path, os.R_OK):
+        raise AudioError("no permission to read it")
+
+
+def read_channels(path: str, file, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples of an open file, second by second: (sampling rate in Hz, (n_channels, n) float32), at least once.
+
+    libsndfile reads what it knows, and the ffmpeg program everything else and, where there is one, MP3 and Ogg, of
+    which libsndfile misses what follows the first recording in a file. Raises AudioError.
+    """
+    head = os.pread(file.fileno(), 1 << 16, 0)
+    has_ffmpeg = shutil.which("ffmpeg") is not None
+    n_read, rate = 0, 1
+    problem = "it has no samples"  # unless something else is found
+    if re.match(rb"(RIFF|RF64|BW64)....WAVE", head, re.DOTALL) and max(map(head.count, SYNC_WORDS)) > 2:
+        problem = "in place of samples it has a bitstream such as DTS"  # which libsndfile would take for noise
+    elif not (has_ffmpeg and re.match(rb"ID3|\xff[\xe0-\xff]|OggS", head)):
+        try:
+            with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+                for rate, block in sound_blocks(sound):
+                    n_read += block.shape[1]
+                    yield rate, block
+                if sound.format == "OGG" and n_read < sound.frames < UNKNOWN_LENGTH:
+                    warn(f"damaged: {n_read / rate:.0f} of {sound.frames / rate:.0f} s can be read")
+                if n_read:
+                    warn_of_length(file, file.tell(), warn)
+        except soundfile.LibsndfileError as error:
+            problem = error.error_string.rstrip(".")
+            if n_read:
+                warn(f"damaged after {n_read / rate:.0f} s ({error.error_string}): what follows is lost")
+    if n_read:
+        return
+    if not has_ffmpeg:
+        remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
+        raise AudioError(f"not audio that libsndfile reads ({problem}); {remedy}")
+    yield from ffmpeg_blocks(path, head, warn)
+    warn_of_length(file, declared_end(file) or os.fstat(file.fileno()).st_size, warn)
+
+
+def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples that libsndfile reads, second by second: (sampling rate in Hz, (n_channels, n) float32).
+
+    Raises AudioError for what is no audio, and LibsndfileError where the file is damaged.
+    """
+    sound.seekable = lambda: False  # else soundfile seeks after every read, and MP3 is wrong for 40 ms
+    n = min(sound.samplerate, MAX_BLOCK // sound.channels)
+    left = sound.frames if sound.format == "FLAC" else math.inf  # in FLAC it would read on into what follows
+    while len(block := sound.read(min(n, left), "float32", always_2d=True)):
+        left -= len(block)
+        channels = np.ascontiguousarray(block.T)  # one after another, a mean over them takes a tenth of the time
+        if not (loudest := max(channels.max(), -channels.min())) <= LOUDEST_SAMPLE:
+            samples = f"samples of {loudest:g} where 1 is full scale" if loudest < np.inf else "NaN or infinite samples"
+            raise AudioError(samples)
+        yield sound.samplerate, channels
+
+
+def ffmpeg_blocks(path: str, head: bytes, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
+    """The samples that the ffmpeg program reads, second by second: (sampling rate in Hz, (n_channels, n) float32).
+
+    Its exit status decides: what it says of a recording that it could read is a warning. Raises AudioError.
+    """
+    rate, n_read = 1, 0
+    with tempfile.TemporaryFile() as messages:  # a pipe that nobody reads could block ffmpeg
+        with (
+            subprocess.Popen(ffmpeg_command(path, head), stdout=subprocess.PIPE, stderr=messages) as process,
+            contextlib.suppress(soundfile.LibsndfileError),  # nothing came: ffmpeg says why
+            soundfile.SoundFile(process.stdout.fileno(), closefd=False) as sound,
+        ):
+            for rate, block in sound_blocks(sound):
+                n_read += block.shape[1]
+                yield rate, block
+        messages.seek(0)
+        log = messages.read().decode(errors="replace").strip()
+    pictures = "|".join(re.findall(r"\[info\] +Stream #.* Video: (\w+)", log)) or "none"  # their codecs may complain
+    errors = re.findall(rf"^(?!\[(?:{pictures}) @)(.*)\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
+    said = "".join(errors[0]) if errors else log.rpartition("\n")[2]
+    if n_read == 0:
+        raise AudioError(f"no sound in it that ffmpeg can read ({said or 'it does not say why'})")
+    if process.returncode != 0:
+        warn(f"ffmpeg broke off after {n_read / rate:.0f} s: {said}")
+    elif errors:
+        warn(f"ffmpeg says: {said}")
+
+
+def ffmpeg_command(path: str, head: bytes) -> list[str]:
+    """The command that makes AU, which libsndfile reads from a pipe, of a recording whose first bytes are head."""
+    # async=1 fills gaps of the clock with silence, but drops sound where the clock stands or steps back: so each frame
+    # begins when the clock says or, if that is later, at the end of the frame before, which is kept in variable 0.
+    filters = "asetpts='st(1,max(PTS,ld(0)));st(0,ld(1)+S/SR/TB);ld(1)',aresample=async=1"
+    if re.match(rb"ID3|\xff[\xe0-\xff]|\x0b\x77", head):  # MP3, AAC and AC-3 have no clock
+        filters = "anull"
+    # first_pts=0 keeps the silence before a sound that begins later than the picture, in MP4, Matroska, FLV, WMV and
+    # MPEG; in broadcast streams it would repeat sound where the format changes.
+    if re.match(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|FLV|0&\xb2u|\0\0\x01\xba", head, re.DOTALL):
+        filters += ":first_pts=0"
+    # file: keeps a name like concat:x from being taken for a protocol. A jump of a transport stream's clock by up to
+    # 60 s, not 10, is a gap; a longer one means a new clock.
+    command = ["ffmpeg", "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-dts_delta_threshold", "60"]
+    if re.match(rb"RF64|BW64", head):
+        command += ["-ignore_length", "1"]  # libsndfile cannot read it: its recorder did not write the length
+    if re.match(rb"ID3.{7}", head, re.DOTALL):  # of tags ffmpeg says what is no loss of sound
+        command += ["-skip_initial_bytes", str(10 + sum(head[9 - i] << 7 * i for i in range(4)))]
+    command += ["-i", f"file:{path}", "-vn", "-af", filters, "-c:a", "pcm_f32be"]
+    command += ["-f", "au", "-flush_packets", "0", "pipe:1"]  # not each packet alone, which takes a tenth more time
+    if head[:4] == b"\0\0\1\xba":  # the clock of MPEG begins with the streams that are used: so the picture is used too
+        command += ["-map", "0:V:0?", "-map", "0:a:0", "-c", "copy", "-f", "null", "-"]
+    return command
+
+
+def warn_of_length(file, end: int, warn: Callable[[str], None]) -> None:
+    """Say how many bytes lie behind the end of a recording, which may be another one, or are missing, where it is much.
+
+    end is where reading stopped, in bytes. What the header declares behind that is the recording's own: pictures, say.
+    """
+    size, declared = os.fstat(file.fileno()).st_size, declared_end(file)
+    end, much = max(end, declared), max(1 << 16, size // 100)
+    if size - end > much:
+        warn(f"{size - end} bytes behind the end that its header declares were not read")
+    if declared - size > much:
+        warn(f"{declared - size} bytes that its header declares are missing at the end")
+
+
+def declared_end(file) -> int:
+    """The bytes that a recording has by its header; 0 where that does not say it, or has a recorder's placeholder."""
+    head = os.pread(file.fileno(), 48, 0)
+    end = 8 if head[:4] == b"caff" else 0
+    for pattern, byteorder, n_more in LENGTHS:
+        if match := re.match(pattern, head, re.DOTALL):
+            *others, length = (int.from_bytes(group, byteorder) for group in match.groups())
+            is_known = 0 < length < (0x7FFFF000 if len(match[1]) == 4 else UNKNOWN_LENGTH)
+            end = sum(others) + length + n_more if is_known else 0
+    pattern, byteorder, n_more = CAF_CHUNK if head[:4] == b"caff" else AVI_CHUNK
+    while end and (match := re.match(pattern, os.pread(file.fileno(), 12, end), re.DOTALL)):
+        end += int.from_bytes(match[1], byteorder) + n_more
+    return 0 if os.pread(file.fileno(), 4, end) == b"data" else end  # samples of unknown length, in CAF
+
+
+def mix_down(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+    """STRETCH_S blocks in one, the channels mixed: (sampling rate, (n_channels, n)) to (sampling rate, (n,) float32).
+
+    A channel of silence, hum, hiss or timecode is left out where somebody may speak on another one. Where nothing moves
+    on any channel, what held before still holds.
+    """
+    blocks, moving = iter(blocks), []
+    while stretch := list(itertools.islice(blocks, STRETCH_S)):
+        rate, channels = stretch[0][0], list(zip(*(block for _, block in stretch), strict=True))
+        moving = moving or list(range(len(channels)))
+        if len(channels) > 1 and sum(map(len, channels[0])) >= rate:  # less than a second is too short to tell
+            step = max(1, rate // SAMPLING_RATE)  # fewer samples have the same level
+            samples = [np.concatenate([part[::step] for part in channel]) for channel in channels]
+            moving = [i for i, part in enumerate(samples) if not is_steady(part, rate // step)] or moving
+        yield rate, np.concatenate([mix_block([block[i] for i in moving]) for _, block in stretch])
+
+
+def mix_block(channels: list[np.ndarray]) -> np.ndarray:
+    """The mean of channels, (n,) float32.
+
+    Where the mean is far quieter than the loudest channel, because channels cancel out or most are silent, that channel
+    is returned.
+    """
+    mix = sum(channels[1:], channels[0]) / len(channels)
+    slopes = [np.diff(waveform) for waveform in (mix, *channels)]  # these weigh speech more than a low hum
+    mix_power, *powers = [np.dot(slope, slope) for slope in slopes]
+    return mix if mix_power >= max(powers) / FAR_QUIETER else channels[np.argmax(powers)]
+
+
+def is_steady(waveform: np.ndarray, rate: int) -> bool:
+    """Whether a waveform is so steady that nobody speaks in it, however loud it is: silence, hum, noise.
+
+    Less than a second is too short to tell, unless it is digital silence.
+    """
+    levels = mean_squares(waveform, rate, STEADY_WINDOW_S)
+    steady = levels.max() <= np.percentile(levels, 10) * 10 ** (STEADY_DB / 10)
+    return bool(steady and (len(waveform) >= rate or levels.max() == 0))
+
+
+def split_at_pauses(
+    blocks: Iterable[np.ndarray], rate: int, chunk_length_s: float
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Chunks that tile the blocks without gap or overlap: (index of the first sample, waveform).
+
+    Audio that fits the window of the model is one chunk. Of longer audio, each stretch of chunk_length_s seconds is cut
+    at the quietest moment of its latter half. Little more than a window is held in memory.
+    """
+    longest, buffer, start = round(chunk_length_s * rate), np.empty(0, np.float32), 0
+    tail = min(longest // 2, round(SHORTEST_TAIL_S * rate))
+    for block in itertools.chain(blocks, [np.empty(0, np.float32)]):  # the empty one is the end
+        buffer = np.concatenate([buffer, block])
+        spare = tail if len(block) else 0  # while more may come, at least the shortest tail stays behind a cut
+        if start == 0 and len(buffer) <= WINDOW_S * rate + spare:
+            continue
+        while len(buffer) > longest + spare:
+            cut = quietest_cut(buffer[: min(longest, len(buffer) - tail)], rate)
+            yield start, buffer[:cut]
+            start, buffer = start + cut, buffer[cut:]
+    if len(buffer):
+        yield start, buffer
+
+
+def quietest_cut(waveform: np.ndarray, rate: int) -> int:
+    """Index of the quietest moment in the latter half of a waveform; of equally quiet ones the last."""
+    half = len(waveform) // 2
+    levels = mean_squares(waveform[half:], rate, PAUSE_S)
+    quietest = len(levels) - 1 - int(np.argmin(levels[::-1]))
+    return max(1, half + quietest * max(1, round(LEVEL_HOP_S * rate)) + round(PAUSE_S / 2 * rate))
+
+
+def mean_squares(waveform: np.ndarray, rate: int, window_s: float) -> np.ndarray:
+    """The mean square of a waveform, without its offset, in windows of window_s seconds, of which one begins every
+    LEVEL_HOP_S: (n >= 1,) float64."""
+    hop = min(len(waveform), max(1, round(LEVEL_HOP_S * rate)))
+    frames = waveform[: len(waveform) // hop * hop].reshape(-1, hop).astype(np.float64)
+    frames -= (frames @ np.full(hop, 1.0) / hop)[:, None]
+    energy = np.einsum("ij,ij->i", frames, frames) / hop
+    window = min(len(energy), round(window_s / LEVEL_HOP_S))
+    return np.convolve(energy, np.full(window, 1 / window), "valid")
+
+
+def import_librosa():
+    """librosa, with what is used of it. Raises SetupError where numba, which it needs, may not keep a cache."""
+    import librosa
+
+    try:
+        librosa.resample, librosa.sequence.dtw  # noqa: B018  (they are imported when they are first named)
+    except RuntimeError as error:
+        remedy = "set NUMBA_CACHE_DIR to a folder that you may write to"
+        raise SetupError(f"librosa cannot be loaded ({first_line(error)}): {remedy}") from error
+    return librosa
 
 
 # --- Recognition: chunks -> token ids ---

@@ -56,7 +56,6 @@ FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
 NO_SPEECH_THRESHOLD = 0.7  # openai/whisper's 0.6 lost 6 whole sentences in 1162 inputs, this one 1 (tests/README.md)
-STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # least variation of speech; the steadiest of 475 inputs has 4.9 dB
 LOGPROB_LIMIT = -1.0  # openai/whisper's: below it a text is not to be believed
 UNHEARD_S = 1.0  # of loud sound without a character: shorter ones are coughs and chairs
 QUIETER_DB = 30  # what is more than this below the loudest part of a chunk is a pause,
@@ -485,19 +484,9 @@ def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, args: a
 
 def prepare(recognizer: common.Recognizer, chunk: Chunk, args: argparse.Namespace) -> None:
     """Set the features and the loud frames of a chunk that is to be decoded."""
-    if args.no_speech_threshold == 1 or not is_steady(chunk.waveform):
+    if args.no_speech_threshold == 1 or not common.is_steady(chunk.waveform, common.SAMPLING_RATE):
         chunk.features = common.extract_features(recognizer.extractor, chunk.waveform)
         chunk.loud_frames = find_loud_frames(chunk.waveform)
-
-
-def is_steady(waveform: np.ndarray) -> bool:
-    """Whether a waveform at SAMPLING_RATE is so steady that nobody speaks in it, however loud: silence, hum, noise.
-
-    Less than a second is too short to tell, unless it is digital silence.
-    """
-    levels = common.mean_squares(waveform, common.SAMPLING_RATE, STEADY_WINDOW_S)
-    steady = levels.max() <= np.percentile(levels, 10) * 10 ** (STEADY_DB / 10)
-    return bool(steady and (len(waveform) >= common.SAMPLING_RATE or levels.max() == 0))
 
 
 def find_loud_frames(waveform: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import common
+import hostile
 import numpy as np
 import pytest
 import soundfile
@@ -68,8 +69,8 @@ def test_cut_is_the_quietest_moment_of_the_latter_half():
 @pytest.mark.parametrize("rate", [7350, 22_255, 47_999])
 def test_thirty_seconds_at_an_odd_rate_fit_the_window(tmp_path, rate):
     path = write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 30 * rate), rate)
-    [(_, end, waveform)] = common.read_chunks(path, 15, pytest.fail)
-    assert end == 30 and len(waveform) == 30 * RATE
+    [chunk] = common.read_chunks(path, 15, pytest.fail)
+    assert chunk.end == 30 and len(chunk.waveform) == 30 * RATE
 
 
 def test_memory_held_does_not_grow_with_the_audio():
@@ -93,6 +94,34 @@ def test_a_channel_that_the_mix_would_lose(tmp_path, n_channels, hum):
     hums = (hum * np.sin(2 * np.pi * 50 * np.arange(len(speech)) / RATE)).astype(np.float32)
     _, samples, _ = read(write(tmp_path / "a.wav", waveform + hums[:, None], subtype="FLOAT"))
     assert np.corrcoef(np.abs(samples - hums), np.abs(speech))[0, 1] > 0.95  # of either sign
+
+
+def noises(n: int) -> dict[str, np.ndarray]:
+    """What stands on a channel that nobody speaks on: n samples of each kind."""
+    t, rng = np.arange(n) / RATE, np.random.default_rng(0)
+    bits = np.repeat(rng.integers(0, 2, n // 8 + 1), 8)[:n]  # 2000 a second, as timecode has
+    edges = (np.arange(n) % 8 == 0) | (bits & (np.arange(n) % 8 == 4))  # one in the middle for each 1
+    return {"hiss": rng.normal(0, 0.1, n), "hum": np.sin(2 * np.pi * 50 * t) / 2, "silence": np.zeros(n),
+            "timecode": 0.5 * (-1.0) ** np.cumsum(edges)}  # fmt: skip
+
+
+@pytest.mark.parametrize("level", [1, 0.01])
+@pytest.mark.parametrize("kind", ["hiss", "hum", "silence", "timecode"])
+def test_a_channel_that_nobody_speaks_on_is_left_out(tmp_path, kind, level):
+    """On either side, and through a pause of 20 s in which nothing moves on any channel."""
+    speech = synthesize("こんにちは、さようなら", pause_s=20)
+    noise = level * noises(len(speech))[kind].astype(np.float32)
+    for channels in (speech, noise), (noise, speech), (noise, speech, noise):
+        _, samples, warnings = read(write(tmp_path / "a.wav", np.stack(channels, 1), subtype="FLOAT"))
+        assert np.array_equal(samples, speech) and warnings == []
+
+
+def test_two_people_on_two_channels_are_both_heard(tmp_path):
+    first, second = (synthesize(text * 5) for text in ("こんにちは", "さようなら"))
+    waveform = np.zeros((len(first) + len(second), 2), np.float32)
+    waveform[: len(first), 0], waveform[len(first) :, 1] = first, second
+    _, samples, _ = read(write(tmp_path / "a.wav", waveform, subtype="FLOAT"))
+    assert np.all(np.abs(samples) >= 0.499 * np.abs(waveform).max(1))  # whoever speaks, at half the level at least
 
 
 # --- what is no audio, and what is damaged ---
@@ -213,7 +242,7 @@ def test_a_recording_cut_at_three_quarters_is_heard_to_there(tmp_path, ffmpeg, e
     assert_alike(samples[: 13 * rate], waveform, rate)
 
 
-@pytest.mark.parametrize("n_samples", [1, 2048, 32_768])
+@pytest.mark.parametrize("n_samples", [1, 2048, 65_536])
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
 def test_a_recorder_that_was_stopped_before_it_wrote_the_length(tmp_path, ffmpeg, n_samples, size):
     samples = np.random.default_rng(0).integers(-9999, 9999, n_samples).astype("<i2")
@@ -224,8 +253,8 @@ def test_a_recorder_that_was_stopped_before_it_wrote_the_length(tmp_path, ffmpeg
     caf += b"data" + struct.pack(">qI", size if size == 0 else -1, 0)
     for head in (b"RIFF" + struct.pack("<I", size) + wav % b"", b"RIFF" + bytes(4) + wav % padding, caf):
         (tmp_path / "a.wav").write_bytes(head + data)
-        _, got, _ = read(tmp_path / "a.wav")
-        assert np.array_equal(np.round(got * 32768), samples)
+        _, got, warnings = read(tmp_path / "a.wav")
+        assert np.array_equal(np.round(got * 32768), samples) and not any("header" in text for text in warnings)
 
 
 def test_the_reason_is_ffmpeg_s_and_not_a_line_of_the_dynamic_loader(tmp_path, ffmpeg, monkeypatch):
@@ -239,11 +268,63 @@ def test_the_reason_is_ffmpeg_s_and_not_a_line_of_the_dynamic_loader(tmp_path, f
     assert "moov atom not found" in error_of(path)
 
 
+def fourteen_bits(stream: bytes) -> bytes:
+    """A DTS stream in words of 14 bits, as on a CD: little endian, each with two more bits of its sign."""
+    words = []
+    for frame in stream.split(stream[:4])[1:]:
+        bits = np.unpackbits(np.frombuffer(stream[:4] + frame, np.uint8))
+        words.append(np.pad(bits, (0, -len(bits) % 28)).reshape(-1, 14))
+    words = np.concatenate(words)
+    return np.packbits(words[:, [0, 0, *range(14)]], axis=1)[:, ::-1].tobytes()
+
+
+@pytest.mark.parametrize("format, codec, pack", [
+    ("spdif", "ac3", bytes), ("spdif", "dca", bytes), ("dts", "dca", bytes), ("dts", "dca", fourteen_bits),
+    ("dts", "dca", lambda stream: np.frombuffer(stream, ">u2").astype("<u2").tobytes()),
+])  # fmt: skip
+def test_a_bitstream_that_the_header_calls_samples(tmp_path, ffmpeg, monkeypatch, format, codec, pack):
+    speech, path = synthesize("こんにちは" * 3, 48_000), tmp_path / "a.wav"
+    options = ["-c:a", codec, "-strict", "-2", "-b:a", "384k" if codec == "ac3" else "768k", "-f", format]
+    stream = encode(ffmpeg, stereo(speech), 48_000, tmp_path / "a", *options).read_bytes()
+    path.write_bytes(hostile.riff(pack(stream), channels=2, rate=48_000, bytes_per_s=192_000, block=4))
+    rate, samples, _ = read(path)
+    assert_alike(samples, speech, rate)
+    assert abs(len(samples) - len(speech)) < 0.1 * rate
+    monkeypatch.setenv("PATH", "")
+    assert "a bitstream such as DTS" in error_of(path)
+
+
+def test_rf64_whose_recorder_was_stopped_before_it_wrote_the_lengths(tmp_path, ffmpeg):
+    samples = np.random.default_rng(0).integers(-9999, 9999, RATE)
+    path = encode(ffmpeg, samples / 32768, RATE, tmp_path / "a.wav", "-rf64", "always", "-fflags", "+bitexact")
+    data = bytearray(path.read_bytes())
+    data[20:44] = bytes(24)  # of the file, of the samples, and their number
+    path.write_bytes(data)
+    _, got, warnings = read(path)
+    assert np.array_equal(np.round(got * 32768), samples) and warnings == []
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_ffmpeg_says_of_tags_is_no_warning_and_what_it_says_of_the_sound_is(tmp_path, ffmpeg, damaged):
+    """A comment without its byte order mark, and a cover that is no picture."""
+    sound = encode(ffmpeg, synthesize("こんにちは" * 5), RATE, tmp_path / "a.mp3", "-id3v2_version", "0").read_bytes()
+    sound = sound[:9000] + bytes(3000) + sound[12_000:] if damaged else sound
+    comment, cover = b"\1jpn\0\0" + "コメント".encode("utf-16-le"), b"\0image/jpeg\0\3\0\xff\xd8\xff" + bytes(99)
+    frames = ((b"COMM", comment), (b"APIC", cover))
+    tag = b"".join(name + struct.pack(">IH", len(frame), 0) + frame for name, frame in frames)
+    path = tmp_path / "a.mp3"
+    path.write_bytes(b"ID3\3\0\0" + bytes([0, 0, len(tag) >> 7, len(tag) & 127]) + tag + sound)
+    shown = subprocess.run([ffmpeg, "-v", "error", "-i", path, "-f", "null", "-"], capture_output=True).stderr
+    assert b"BOM" in shown
+    assert [warning[:13] for warning in read(path)[2]] == ["ffmpeg says: "] * damaged
+
+
 PICTURE = ["-f", "lavfi", "-i", "testsrc=size=160x120:rate=25:duration=8"]
 
 
 @pytest.mark.parametrize("extension, video, audio", [("mp4", "mpeg4", "aac"), ("mov", "mpeg4", "pcm_s16le"),
-    ("mkv", "mpeg4", "flac"), ("webm", "libvpx", "libopus")])  # fmt: skip
+    ("mkv", "mpeg4", "flac"), ("webm", "libvpx", "libopus"), ("flv", "flv", "aac"), ("wmv", "wmv2", "wmav2"),
+    ("mpg", "mpeg1video", "mp2"), ("vob", "mpeg2video", "ac3")])  # fmt: skip
 def test_a_sound_that_begins_later_than_the_picture(tmp_path, ffmpeg, extension, video, audio):
     wav = write(tmp_path / "a.wav", synthesize("こんにちは", 48_000), 48_000)
     command = [ffmpeg, "-v", "error", *PICTURE, "-itsoffset", "4", "-i", wav, "-c:v", video, "-c:a", audio]
@@ -283,22 +364,60 @@ def test_joined_recordings_are_heard_to_the_end(tmp_path, ffmpeg, extension, cod
     assert_alike(samples[-2 * rate :], synthesize("さようなら", rate)[-2 * rate :], rate)
 
 
-@pytest.mark.parametrize("format", ["wav", "aiff"])
-@pytest.mark.parametrize("n_copies, words", [
-    (2, "bytes behind the end that its header declares were not read"),  # joined by cat
-    (0.5, "bytes that its header declares are missing at the end"),  # a copy that was broken off
-])  # fmt: skip
-def test_bytes_behind_the_end_and_missing_bytes_are_counted(tmp_path, ffmpeg, format, n_copies, words):
-    path = encode(ffmpeg, synthesize("こんにちは" * 10, 48_000), 48_000, tmp_path / "a", "-f", format)
+@pytest.mark.parametrize("format, codec", [("wav", "pcm_s16le"), ("wav", "adpcm_ms"), ("rf64", "pcm_s16le"),
+    ("aiff", "pcm_s16be"), ("au", "pcm_s16be"), ("caf", "pcm_s16be"), ("w64", "pcm_s16le"), ("avi", "pcm_s16le"),
+    ("avi", "libmp3lame")])  # fmt: skip
+def test_bytes_behind_the_end_and_missing_bytes_are_counted(tmp_path, ffmpeg, format, codec):
+    options = ["-rf64", "always"] if format == "rf64" else []
+    options += ["-c:a", codec, "-f", format.replace("rf64", "wav")]
+    path = encode(ffmpeg, synthesize("こんにちは" * 10, 48_000), 48_000, tmp_path / "a", *options)
     data = path.read_bytes()
-    path.write_bytes((2 * data)[: int(n_copies * len(data))])
-    assert read(path)[2] == [f"{abs(path.stat().st_size - len(data))} {words}"]
+    _, samples, warnings = read(path)
+    assert warnings == []
+    path.write_bytes(data[: len(data) * 6 // 10])  # a copy that was broken off
+    missing = len(data) - len(data) * 6 // 10
+    assert f"{missing} bytes that its header declares are missing at the end" in read(path)[2]
+    path.write_bytes(2 * data)  # joined by cat; of W64 and AVI the second is read too
+    _, twice, warnings = read(path)
+    if len(twice) < 2 * len(samples):
+        n_bytes = int(warnings[0].removesuffix(" bytes behind the end that its header declares were not read"))
+        assert n_bytes == pytest.approx(len(data), abs=100_000)  # it reads ahead
+
+
+@pytest.mark.parametrize("format", ["WAV", "AIFF", "CAF"])
+def test_pictures_and_notes_behind_the_sound_are_the_recording_s_own(tmp_path, format):
+    """Cover art, XMP, the overviews of an editor: chunks within the declared length. Another recording is not."""
+    path = Path(write(tmp_path / "a", synthesize("こんにちは"), format=format))
+    data, notes = path.read_bytes(), bytes(300_000)
+    if format == "CAF":
+        data += b"ovvw" + struct.pack(">q", len(notes)) + notes
+    else:
+        order = "<" if format == "WAV" else ">"
+        chunk = b"NOTE" + struct.pack(f"{order}I", len(notes)) + notes
+        [size] = struct.unpack(f"{order}I", data[4:8])
+        data = data[:4] + struct.pack(f"{order}I", size + len(chunk)) + data[8:] + chunk
+    path.write_bytes(data)
+    assert read(path)[2] == []
+    path.write_bytes(2 * data)
+    assert read(path)[2] == [f"{len(data)} bytes behind the end that its header declares were not read"]
+
+
+@pytest.mark.parametrize("extension, codec", [("wav", "pcm_s16le"), ("flac", "flac"), ("mkv", "flac"), ("ts", "mp2")])
+def test_a_recording_that_is_still_being_written(tmp_path, ffmpeg, extension, codec):
+    path = encode(ffmpeg, synthesize("こんにちは" * 20), RATE, tmp_path / f"a.{extension}", "-c:a", codec)
+    size, warnings = path.stat().st_size, []
+    blocks = common.read_blocks(str(path), warnings.append)
+    next(blocks)
+    with path.open("ab") as file:
+        file.write(bytes(100))
+    assert sum(len(block) for _, block in blocks) > 20 * RATE
+    assert f"it had {size} bytes and now has {size + 100}: it is still being written, and more may follow" in warnings
 
 
 def test_ffmpeg_that_ends_with_an_error_on_the_way(tmp_path, monkeypatch):
     """No damage brings both ffmpeg to that; a full disk or too little memory would."""
     write(tmp_path / "b.au", synthesize("こんにちは"), subtype="FLOAT")
-    (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\ncat '{tmp_path}/b.au'; echo out of ink >&2; exit 69\n")
+    (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\ncat '{tmp_path}/b.au'; echo '[error] out of ink' >&2; exit 69\n")
     (tmp_path / "ffmpeg").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "a.m4a").write_bytes(bytes(1000))

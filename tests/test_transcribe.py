@@ -94,8 +94,8 @@ def test_speech_around_silence_and_however_faint_is_decoded(tmp_path, transcribe
     [recording] = transcribe(write(tmp_path / "a.wav", np.concatenate([speech, silence, speech])))
     assert text_of(recording) == "こんにちはこんにちは"
     assert [chunk.left_out for chunk in recording.chunks] == [False, True, False]
-    assert not inference.is_steady(10 ** (-54 / 20) * speech + 1e-5 * RNG.normal(size=len(speech)))
-    assert not inference.is_steady(STEADY["room noise"][:8_000])  # half a second is too short to tell
+    assert not common.is_steady(10 ** (-54 / 20) * speech + 1e-5 * RNG.normal(size=len(speech)), 16_000)
+    assert not common.is_steady(STEADY["room noise"][:8_000], 16_000)  # half a second is too short to tell
 
 
 def test_what_the_model_takes_for_no_speech_is_left_out_and_kept_in_the_json(tmp_path, infer, monkeypatch):
