@@ -11,8 +11,8 @@ decodes each clip three times: in float32, then in its dtype in a full batch
 beside another input, then in its dtype alone. It decodes the first clip once
 more, to the decoder's last position, and if it is an NPU or a GPU also in batches
 of every size from 2 to the full one, because a kernel may be wrong for one size
-only; it stops at the first size with a fault. The reference computes the
-same tokens, and all figures compare the two.
+only; it stops at the first size with a fault. The reference computes the same
+tokens, and all figures compare the two.
 
 How far the candidate may be off is measured: the reference computes each clip
 once more with everything rounded to the dtype, and the limit of each error is

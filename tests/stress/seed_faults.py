@@ -300,9 +300,9 @@ def named(reasons: list[str]) -> str:
     by_run = {}
     for reason in reasons:
         figure = re.match(r"(text|relative|encoder|logits) ", reason)
-        how = re.search(r"in float32|(in a batch of \d+|alone|to position \d+)(?=\)$)", reason)
+        how = re.search(r"\((in float32|in a batch of \d+|alone|to position \d+)\)$", reason)
         name = figure[1] if figure else re.split(r" \(|[.] ", reason)[0]
-        by_run.setdefault(how[0] if figure else "", []).append(name)
+        by_run.setdefault(how[1] if how else "", []).append(name)
     return "; ".join(f"{how}: {', '.join(dict.fromkeys(names))}".removeprefix(": ") for how, names in by_run.items())
 
 
