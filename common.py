@@ -584,15 +584,16 @@ def ffmpeg_command(path: str, head: bytes) -> list[str]:
 
 
 def warn_of_length(file, end: int, warn: Callable[[str], None]) -> None:
-    """Say how many bytes lie behind the end of a recording, which may be another one, or are missing, where it is much.
+    """Say how many bytes lie behind the end of a recording, which may be another one, or are missing.
 
     end is where reading stopped, in bytes. What the header declares behind that is the recording's own: pictures, say.
+    A tag behind the end and what a recorder miscounts are less than the limits.
     """
     size, declared = os.fstat(file.fileno()).st_size, declared_end(file)
-    end, much = max(end, declared), max(1 << 16, size // 100)
-    if size - end > much:
+    end = max(end, declared)
+    if size - end > max(1 << 16, size // 100):
         warn(f"{size - end} bytes behind the end that its header declares were not read")
-    if declared - size > much:
+    if declared - size > 1 << 12:
         warn(f"{declared - size} bytes that its header declares are missing at the end")
 
 
