@@ -245,10 +245,14 @@ def use_exact_gelu(torch_npu) -> None:
 
     F.gelu of torch_npu 2.9.0 computes the tanh approximation, but Whisper was trained with the exact function.
     """
-    gelu = torch.nn.functional.gelu
-    torch.nn.functional.gelu = lambda x, approximate="none": (torch_npu.npu_gelu if x.device.type == "npu" else gelu)(
-        x, approximate=approximate
-    )
+    gelu_of_torch = torch.nn.functional.gelu
+
+    def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+        """What is called in the place of torch's own."""
+        function = torch_npu.npu_gelu if x.device.type == "npu" else gelu_of_torch
+        return function(x, approximate=approximate)
+
+    torch.nn.functional.gelu = gelu
 
 
 def select_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -307,7 +307,7 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
         line += f", {audio_s:.1f} s of audio in {taken_s:.1f} s ({audio_s / taken_s:.3g} times real time) on "
         line += f"{model.device} in {common.dtype_name(model.dtype)}, loaded in {load_s:.1f} s"
     for name, one, rest in (
-        ("warnings", "warning", ""), ("again", "chunk", " decoded again"), ("left_out", "chunk", " without speech"),
+        ("warnings", "warning", ""), ("again", "chunk", " decoded again"), ("left_out", "chunk", " left out"),
         ("token_limit", "chunk", " cut off at the token limit"), ("looping", "chunk", " looping"),
     ):  # fmt: skip
         line += f"; {totals[name]} {one}{'s' * (totals[name] != 1)}{rest}" if totals[name] else ""

@@ -144,7 +144,7 @@ def test_the_closing_line_says_what_is_not_zero():
     model = types.SimpleNamespace(device="npu:0", dtype=torch.float16)
     assert inference.closing_line(totals, 3.0, 8.0, model) == (
         "4 recordings, 1 failed, 1 skipped, 100.0 s of audio in 8.0 s (12.5 times real time) on npu:0 in float16, "
-        "loaded in 3.0 s; 1 warning; 2 chunks without speech; 1 chunk cut off at the token limit; 4 chunks looping"
+        "loaded in 3.0 s; 1 warning; 2 chunks left out; 1 chunk cut off at the token limit; 4 chunks looping"
     )
 
 
