@@ -106,7 +106,7 @@ def test_the_model_is_told_the_task_and_a_translation_is_spaced(tmp_path, infer,
     generate, prompts = common.generate, []
 
     def note_prompt(recognizer, *rest):
-        prompts.append(recognizer.tokenizer.decode(recognizer.prompt))
+        prompts.append(recognizer.tokenizer.decode(recognizer.initial_tokens))
         return generate(recognizer, *rest)
 
     monkeypatch.setattr(common, "generate", note_prompt)
@@ -189,6 +189,7 @@ def test_formats_that_need_a_folder_say_so(audio, infer, extension):
     (["--device", "gpu"], "'gpu' is not npu, npu:N, cpu, cuda or cuda:N"),
     (["--output-format", "docx"], "invalid choice: 'docx'"), (["--language", "jp"], "error: --language jp: not a"),
     (["--no-speech-threshold", "70"], "'70' is not a number from 0 to 1"),
+    (["--prompt", "<|ja|>"], "--prompt must be plain text"), (["--prompt", "こ" * 223], "its 224 tokens are more than"),
 ])  # fmt: skip
 def test_wrong_options(audio, infer, options, words):
     status, out, err = infer("--audio", audio / "hello.wav", *options)

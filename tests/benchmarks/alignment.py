@@ -59,7 +59,7 @@ def openai_model(model):
 def starts_of_openai(theirs, recognizer, features: torch.Tensor, ids: list[int], n_frames: int) -> list[float]:
     from whisper.timing import find_alignment
 
-    *sequence, no_timestamps = recognizer.prompt.tolist()
+    *sequence, no_timestamps = recognizer.initial_tokens.tolist()
     tokenizer = types.SimpleNamespace(
         sot_sequence=sequence, no_timestamps=no_timestamps, eot=recognizer.tokenizer.eos_token_id,
         split_to_word_tokens=lambda tokens: ([str(token) for token in tokens], [[token] for token in tokens]),
