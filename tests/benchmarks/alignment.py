@@ -68,7 +68,7 @@ def starts_of_openai(theirs, recognizer, features: torch.Tensor, ids: list[int],
 
 
 def starts_of_transformers(recognizer, features: torch.Tensor, n_frames: int) -> list[float]:
-    """token_timestamps, in which the prompt and the end of text have a place too; fails without heads that exist."""
+    """token_timestamps, also of the initial tokens and of the end of text; fails without heads that exist."""
     output = recognizer.model.generate(
         features, language="ja", task="transcribe", return_token_timestamps=True, return_dict_in_generate=True,
         attention_mask=torch.arange(3000)[None] < n_frames,
