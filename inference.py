@@ -145,7 +145,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "kotoba's bilingual model, the language in --language. (default: %(default)s)")  # fmt: skip
     add("--prompt", default="", metavar="TEXT", help="Names and terms of the recordings, as they are to be written, in "
         f"at most {common.MAX_PROMPT_TOKENS} tokens. End it with 。: after one that does not, the model leaves 。 out. "
-        "Nobody has tried it with kotoba-whisper, which was trained with previous text in a fifth of its examples. "
+        "Not tested with kotoba-whisper, which was trained with previous text in a fifth of its examples. "
         "(default: none)")  # fmt: skip
     common.add_model_options(parser)
     add = parser.add_argument_group("batches and silence").add_argument
@@ -297,6 +297,7 @@ def count(recording: Recording, totals: Counter) -> None:
     totals.update(audio_s=recording.duration, left_out=len(recording.chunks) - len(kept))
     totals.update(again=sum(chunk.is_part for chunk in recording.chunks) // 2)
     totals.update(token_limit=sum(chunk.token_limit for chunk in kept), looping=sum(chunk.looping for chunk in kept))
+    totals.update(empty=sum(not chunk.text for chunk in kept))
     if not kept:
         decoded = any(chunk.n_decoded for chunk in recording.chunks)
         why = "the model finds none" if decoded else "nothing in it moves"
@@ -313,6 +314,7 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
         line += f"{model.device} in {common.dtype_name(model.dtype)}, loaded in {load_s:.1f} s"
     for name, one, rest in (
         ("warnings", "warning", ""), ("again", "chunk", " decoded again"), ("left_out", "chunk", " without speech"),
+        ("empty", "chunk", " in which the model writes nothing"),
         ("token_limit", "chunk", " cut off at the token limit"), ("looping", "chunk", " looping"),
     ):  # fmt: skip
         line += f"; {totals[name]} {one}{'s' * (totals[name] != 1)}{rest}" if totals[name] else ""

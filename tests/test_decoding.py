@@ -124,6 +124,14 @@ def test_what_a_prompt_leaves_of_the_positions_is_a_token_limit(tmp_path, recogn
     assert {segment["token_limit"] for segment in json.loads(out)["segments"]} == {True}
 
 
+def test_chunks_in_which_the_model_writes_nothing_are_counted(tmp_path, recognizer, infer):
+    """As a model may do after a prompt that it does not understand."""
+    others = [i for i in range(recognizer.model.config.vocab_size) if i != recognizer.tokenizer.eos_token_id]
+    name = variant(tmp_path / "model", changed(GENERATION, suppress_tokens=others, begin_suppress_tokens=None))
+    status, out, err = infer("--audio", write(tmp_path / "a.wav", synthesize("こんにちは")), "--model", name)
+    assert (status, out) == (0, "") and err.endswith("; 1 chunk in which the model writes nothing\n")
+
+
 def test_a_blank_prompt_is_none(recognizer):
     assert load(MODEL, prompt=" \n").initial_tokens.equal(recognizer.initial_tokens)
 

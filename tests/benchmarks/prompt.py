@@ -2,10 +2,9 @@
 
     PYTHONPATH=ow python3 tests/benchmarks/prompt.py FILE... --prompt TEXT... --model tests/real_whisper/model
 
-It prints a row of a Markdown table for no prompt and for each: in how many chunks the token ids are those of
-transformers' generate with prompt_ids, and the text that of openai/whisper with this prompt (alignment.py says how to
-get it; without it both are left out); how many chunks inference.py does not leave out, the characters of their texts,
-and how many of them have N_REPEATED characters of the prompt in a row. All is in float32.
+It prints a row of a Markdown table for no prompt and for each: in how many chunks transformers' generate gives the
+same token ids, and openai/whisper (as in alignment.py; else neither is asked) the same text; how many chunks
+inference.py keeps, their characters, and in how many N_REPEATED characters of the prompt stand in a row. In float32.
 """
 import argparse
 import importlib.util
@@ -23,14 +22,12 @@ from speech import normalize  # noqa: E402
 
 import inference  # noqa: E402
 
-N_REPEATED, BATCH_SIZE = 5, 20
-N_TOKENS = common.N_POSITIONS - common.START_LENGTH - common.MAX_PROMPT_TOKENS - 1  # that fit after every prompt
+N_REPEATED, BATCH_SIZE, N_TOKENS = 5, 20, 220  # tokens that fit after the longest prompt
 
 
 def count_equal(recognizer, theirs, encoded: torch.Tensor, rows: list[list[int]], prompt: str) -> tuple[int, int]:
     """The number of rows for which transformers gives the same token ids, and openai/whisper the same text."""
     import whisper
-
     prompt_ids = torch.tensor(recognizer.tokenizer.get_prompt_ids(prompt)) if prompt else None
     output = recognizer.model.generate(
         encoder_outputs=BaseModelOutput(encoded), prompt_ids=prompt_ids, language="ja", task="transcribe",
