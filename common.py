@@ -37,8 +37,9 @@ signal.signal(signal.SIGINT, on_interrupt)
 MODEL = "kotoba-tech/kotoba-whisper-v2.0"
 SAMPLING_RATE, WINDOW_S = 16_000, 30  # of every Whisper, Hz and s
 N_POSITIONS = 448  # of every Whisper decoder
-PROMPT_LENGTH = 4  # the number of tokens in <|startoftranscript|>, language, task, <|notimestamps|>
-MAX_NEW_TOKENS = N_POSITIONS - PROMPT_LENGTH
+START_LENGTH = 4  # the number of tokens in <|startoftranscript|>, language, task, <|notimestamps|>
+MAX_NEW_TOKENS = N_POSITIONS - START_LENGTH
+MAX_PROMPT_TOKENS = N_POSITIONS // 2 - 1  # as in openai/whisper
 CHECK_EVERY = 8  # tokens after which decoding asks whether all rows have ended
 CLAMPED_FLOAT16 = 64_504  # the largest float16 less 1000: WhisperEncoderLayer makes this of what overflows
 LOUDEST_SAMPLE = 100.0  # 40 dB above full scale: samples beyond are integers written as floats, or damage
@@ -320,15 +321,16 @@ def untimed(stage: str) -> None:
 class Recognizer:
     """A Whisper model on its device, with all that is needed to use it.
 
-    The tensors are on the device too. prompt, (PROMPT_LENGTH,) int64: the tokens that every text begins with.
-    token_mask, (2, n_vocab) float32: added to the logits; -inf forbids a token. Row 0 is for the first token of a text,
-    row 1 for all others. lap is called with the name of each stage of the work when it ends.
+    The tensors are on the device too. initial_tokens, (n,) int64, come before every text: the prompt's, if there is
+    one, and the START_LENGTH of start_sequence. token_mask, (2, n_vocab) float32: added to the logits; -inf forbids a
+    token. Row 0 is for the first token of a text, row 1 for all others. lap is called with the name of each stage of
+    the work when it ends.
     """
 
     model: torch.nn.Module
     extractor: Callable  # WhisperFeatureExtractor
     tokenizer: Callable
-    prompt: torch.Tensor
+    initial_tokens: torch.Tensor
     token_mask: torch.Tensor
     lap: Callable[[str], None] = untimed
 
@@ -347,8 +349,22 @@ def download_model(name: str) -> str:
         raise SetupError(f"--model {name}: no such folder, and no download ({reason}): {remedy}") from error
 
 
-def prompt_of(generation, tokenizer, language: str, task: str) -> list[int]:
-    """The ids of the PROMPT_LENGTH tokens that every text begins with, as model.generate would choose them.
+def prompt_tokens(tokenizer, text: str) -> list[int]:
+    """The ids of <|startofprev|> and the tokens of a prompt; none where it is blank. Raises SetupError."""
+    if not text.strip():
+        return []
+    try:
+        ids = tokenizer.get_prompt_ids(text).tolist()
+    except (ValueError, TypeError) as error:  # a special token, or bytes that are not UTF-8
+        raise SetupError(f"--prompt must be plain text: {first_line(error)}") from error
+    if (n_tokens := len(ids) - 1) > MAX_PROMPT_TOKENS:
+        limit = f"more than the {MAX_PROMPT_TOKENS} that may come before a text"
+        raise SetupError(f"--prompt: its {n_tokens} tokens are {limit}: leave out what matters least")
+    return ids
+
+
+def start_sequence(generation, tokenizer, language: str, task: str) -> list[int]:
+    """The ids of the START_LENGTH tokens that stand right before every text, as model.generate would choose them.
 
     Raises SetupError where the model does not know the language, and ValueError where its tokenizer is another model's.
     """
@@ -384,11 +400,13 @@ def load_weights(folder: str, dtype: torch.dtype, attention: str) -> torch.nn.Mo
 
 
 def load_model(
-    name: str, device: torch.device, dtype: torch.dtype, language: str = "ja", task: str = "transcribe"
-) -> Recognizer:
-    """Load a Whisper model from the hub or a local folder.
+    name: str, device: torch.device, dtype: torch.dtype, language: str = "ja", task: str = "transcribe",
+    prompt: str = "",
+) -> Recognizer:  # fmt: skip
+    """Load a Whisper model from the hub or a local folder; prompt is a text with names and terms of the recordings.
 
-    Raises SetupError where it cannot be loaded whole, does not know the language, or does not fit the device.
+    Raises SetupError where it cannot be loaded whole, does not know the language, does not fit the device, or where the
+    prompt is too long.
     """
     import transformers
 
@@ -404,7 +422,7 @@ def load_model(
             tokenizer = transformers.WhisperTokenizerFast.from_pretrained(folder, extra_special_tokens={})
         except Exception as error:  # transformers gives a false reason: it asks for the library protobuf
             raise ValueError("its tokenizer.json or tokenizer_config.json is missing or broken") from error
-        prompt = torch.tensor(prompt_of(generation, tokenizer, language, task))
+        initial_tokens = prompt_tokens(tokenizer, prompt) + start_sequence(generation, tokenizer, language, task)
         model = load_weights(folder, dtype, "cpu_attention" if needs_cpu_attention(device, dtype) else "sdpa")
         config = model.config
         found = extractor.feature_size, extractor.n_samples, extractor.nb_max_frames, config.max_target_positions
@@ -424,7 +442,8 @@ def load_model(
         model = model.to(device)
         if device.type == "cpu" and dtype == torch.bfloat16:
             pack_linears(model)
-        return Recognizer(model, extractor, tokenizer, prompt.to(device), token_mask.to(device))
+        initial_tokens = torch.tensor(initial_tokens, device=device)
+        return Recognizer(model, extractor, tokenizer, initial_tokens, token_mask.to(device))
 
 
 # --- Audio: path -> waveform -> chunks ---
@@ -715,7 +734,7 @@ def import_librosa():
 class Decoded(NamedTuple):
     """What the model makes of a batch."""
 
-    token_ids: list[list[int]]  # of each row, without the prompt, to the end of the text or the limit
+    token_ids: list[list[int]]  # of each row, without the initial tokens, to the end of the text or the limit
     no_speech_probs: list[float]  # how likely it is that a row holds no speech
     encoded: torch.Tensor  # the encoder's output, (batch, n_positions, d_model)
 
@@ -754,11 +773,11 @@ def encode(model: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
 
 
 def decoder_inputs(recognizer: Recognizer, rows: list[list[int]]) -> torch.Tensor:
-    """What the decoder is given to predict each token of the rows (teacher forcing): the prompt and all tokens but the
-    last, shorter rows padded; (batch, n) int64 on the device."""
-    prompt = recognizer.prompt.tolist()
-    rows = [torch.tensor([*prompt, *ids[:-1]]) for ids in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=prompt[0]).to(recognizer.model.device)
+    """What the decoder is given to predict each token of the rows (teacher forcing): the initial tokens and all tokens
+    but the last, shorter rows padded; (batch, n) int64 on the device."""
+    initial = recognizer.initial_tokens.tolist()
+    rows = [torch.tensor([*initial, *ids[:-1]]) for ids in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=initial[0]).to(recognizer.model.device)
 
 
 def decode(
@@ -766,33 +785,36 @@ def decode(
 ) -> tuple[list[list[int]], list[float]]:
     """Write the text of each row of an encoder's output, always with the likeliest token, as model.generate does.
 
-    Returns the token ids of each row, without the prompt, to the end of the text or the limit; and the probability that
-    a row holds no speech: as in openai/whisper that of <|nospeech|>, the id before <|notimestamps|>, after
-    <|startoftranscript|>. model.generate waits for the device after every token, to ask whether all rows have ended;
-    here that happens once in CHECK_EVERY tokens. Raises DeviceError for NaN.
+    Returns the token ids of each row, without the initial tokens, to the end of the text or the limit, which is lower
+    where a prompt takes the positions; and the probability that a row holds no speech: as in openai/whisper that of
+    <|nospeech|>, the id before <|notimestamps|>, after <|startoftranscript|>. model.generate waits for the device after
+    every token, to ask whether all rows have ended; here that happens once in CHECK_EVERY tokens. Raises DeviceError
+    for NaN.
     """
     from transformers import DynamicCache, EncoderDecoderCache
 
     model, eos, token_mask = recognizer.model, recognizer.tokenizer.eos_token_id, recognizer.token_mask
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    token_ids = recognizer.prompt.expand(len(encoded), -1)  # a copy from the host would wait for the encoder
-    positions = torch.arange(PROMPT_LENGTH + max_new_tokens, device=model.device)
-    position = positions[:PROMPT_LENGTH]
+    token_ids = recognizer.initial_tokens.expand(len(encoded), -1)  # a copy from the host would wait for the encoder
+    n_initial = token_ids.shape[1]
+    positions = torch.arange(min(n_initial + max_new_tokens, N_POSITIONS), device=model.device)
+    position = positions[:n_initial]
     ended, chosen = torch.zeros(len(encoded), dtype=torch.bool, device=model.device), []
-    for i in range(max_new_tokens):
+    for i in range(len(positions) - n_initial):
         hidden = model.model.decoder(
             input_ids=token_ids, encoder_hidden_states=encoded, past_key_values=cache, cache_position=position
         ).last_hidden_state
-        logits = model.proj_out(hidden[:, :: PROMPT_LENGTH - 1]).float()  # the prompt's first and last position
+        # Of the initial tokens those of the first and the last position of the start sequence.
+        logits = model.proj_out(hidden[:, -START_LENGTH :: START_LENGTH - 1]).float()
         if i == 0:
-            no_speech_probs = logits[:, 0].softmax(-1).index_select(1, recognizer.prompt[-1:] - 1)[:, 0]
+            no_speech_probs = logits[:, 0].softmax(-1).index_select(1, recognizer.initial_tokens[-1:] - 1)[:, 0]
             if needs_cpu_attention(model.device, model.dtype):
                 lay_out_for_cpu(cache.cross_attention_cache)
         chosen.append((logits[:, -1] + token_mask[min(i, 1)]).max(-1))
         ended |= chosen[i].indices == eos
         if (i + 1) % CHECK_EVERY == 0 and ended.all():
             break
-        token_ids, position = chosen[i].indices[:, None], positions[PROMPT_LENGTH + i : PROMPT_LENGTH + i + 1]
+        token_ids, position = chosen[i].indices[:, None], positions[n_initial + i : n_initial + i + 1]
     rows = torch.stack([step.indices for step in chosen], 1).tolist()
     rows = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
     scores = torch.stack([step.values for step in chosen], 1).tolist()

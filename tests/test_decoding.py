@@ -34,20 +34,20 @@ def variant(folder: Path, change: Callable[[Path], None]) -> str:
     return str(folder)
 
 
-def load(name: str, dtype: torch.dtype = torch.float32) -> common.Recognizer:
-    return common.load_model(name, common.select_device("cpu"), dtype)
+def load(name: str, dtype: torch.dtype = torch.float32, **options) -> common.Recognizer:
+    return common.load_model(name, common.select_device("cpu"), dtype, **options)
 
 
-def stock_rows(model, extractor, waveforms: list, max_new_tokens: int) -> list[list[int]]:
+def stock_rows(model, extractor, waveforms: list, max_new_tokens: int, prompt_ids=None) -> list[list[int]]:
     """The token ids of plain transformers, a window at a time: its own features, caches, processors and stopping."""
-    rows = []
+    rows, n_prompt = [], 0 if prompt_ids is None else len(prompt_ids)
     for waveform in waveforms:
         inputs = extractor(waveform, sampling_rate=16_000, return_tensors="pt", return_attention_mask=True)
         [row] = model.generate(
             **inputs.to(model.dtype), language="ja", task="transcribe", return_timestamps=False, num_beams=1,
-            do_sample=False, max_new_tokens=max_new_tokens, force_unique_generate_call=True,
+            do_sample=False, max_new_tokens=max_new_tokens, force_unique_generate_call=True, prompt_ids=prompt_ids,
         ).tolist()  # fmt: skip
-        rows.append(row[common.PROMPT_LENGTH :])
+        rows.append(row[n_prompt + common.START_LENGTH :])
     return rows
 
 
@@ -85,6 +85,69 @@ def test_decoding_gives_the_token_ids_of_transformers(recognizer, max_new_tokens
     rows = our_rows(recognizer, waveforms, max_new_tokens)
     assert rows == stock_rows(stock, recognizer.extractor, waveforms, max_new_tokens)
     assert max_new_tokens < 40 or len(set(map(len, rows))) > 5
+
+
+def prompt_of_length(recognizer, n_tokens: int) -> str:
+    """A prompt that has that many tokens, of which the first is the space before it."""
+    text = "こ" * (n_tokens - 1)
+    assert len(recognizer.tokenizer(" " + text, add_special_tokens=False).input_ids) == n_tokens
+    return text
+
+
+def endless(folder: Path) -> None:
+    """A model that never ends its text."""
+    changed(GENERATION, suppress_tokens=[json.loads((folder / GENERATION).read_text())["eos_token_id"]])(folder)
+
+
+@pytest.mark.parametrize("n_tokens, max_new_tokens, change", [
+    (2, 9, None), (60, 40, None), (60, 40, endless), (223, common.MAX_NEW_TOKENS, endless),
+])  # fmt: skip
+def test_a_prompt_gives_the_token_ids_of_transformers(tmp_path, recognizer, n_tokens, max_new_tokens, change):
+    """Up to the last of the 448 positions, of which the prompt and its <|startofprev|> take some."""
+    from transformers import WhisperForConditionalGeneration, WhisperTokenizer
+
+    name = variant(tmp_path / "model", change) if change else MODEL
+    stock, prompt = WhisperForConditionalGeneration.from_pretrained(name).eval(), prompt_of_length(recognizer, n_tokens)
+    prompt_ids = torch.tensor(WhisperTokenizer.from_pretrained(name).get_prompt_ids(prompt))
+    waveforms, limit = [*map(synthesize, TEXTS[:2])], min(max_new_tokens, 448 - 1 - n_tokens - 4)
+    rows = our_rows(load(name, prompt=prompt), waveforms, max_new_tokens)
+    assert rows == stock_rows(stock, recognizer.extractor, waveforms, limit, prompt_ids)
+    assert rows != our_rows(load(name), waveforms, limit)  # the prompt does matter here
+    assert not change or {len(row) for row in rows} == {limit}
+
+
+def test_what_a_prompt_leaves_of_the_positions_is_a_token_limit(tmp_path, recognizer, infer):
+    name, path = variant(tmp_path / "model", endless), write(tmp_path / "a.wav", synthesize("こんにちは"))
+    options = ["--model", name, "--prompt", prompt_of_length(recognizer, 223), "--max-new-tokens", "444"]
+    status, out, err = infer("--audio", path, *options, "--no-speech-threshold", "1", "-f", "json")
+    assert status == 0 and "cut off at the token limit" in err
+    assert {segment["token_limit"] for segment in json.loads(out)["segments"]} == {True}
+
+
+def test_chunks_in_which_the_model_writes_nothing_are_counted(tmp_path, recognizer, infer):
+    """As a model may do after a prompt that it does not understand."""
+    others = [i for i in range(recognizer.model.config.vocab_size) if i != recognizer.tokenizer.eos_token_id]
+    name = variant(tmp_path / "model", changed(GENERATION, suppress_tokens=others, begin_suppress_tokens=None))
+    status, out, err = infer("--audio", write(tmp_path / "a.wav", synthesize("こんにちは")), "--model", name)
+    assert (status, out) == (0, "") and err.endswith("; 1 chunk in which the model writes nothing\n")
+
+
+def test_a_blank_prompt_is_none(recognizer):
+    assert load(MODEL, prompt=" \n").initial_tokens.equal(recognizer.initial_tokens)
+
+
+PLAIN = "--prompt must be plain text: .*"
+
+
+@pytest.mark.parametrize("prompt, words", [
+    ("こ" * 223, "--prompt: its 224 tokens are more than the 223 that may come before a text: leave out"),
+    ("東京<|ja|>", PLAIN + r"<\|ja\|>"), ("<|0.00|>", PLAIN + r"<\|0.00\|>"), ("<|endoftext|>", PLAIN + "endoftext"),
+    ("\udcff", PLAIN),  # bytes of a command line that are not UTF-8
+])  # fmt: skip
+def test_a_prompt_that_cannot_be_used_is_one_line(prompt, words):
+    with pytest.raises(common.SetupError, match=words) as caught:
+        load(MODEL, prompt=prompt)
+    assert "\n" not in str(caught.value)
 
 
 class TestCpuKernels:
@@ -143,13 +206,17 @@ def test_the_libraries_have_nothing_to_warn_of(tmp_path):
     assert [line for line in result.stderr.splitlines() if "arning" in line or "deprecated" in line] == []
 
 
-def test_the_no_speech_probability_is_that_of_a_forward_over_the_first_token(recognizer):
-    features = [common.extract_features(recognizer.extractor, synthesize(text)) for text in ("こんにちは", "あ")]
-    _, probs, encoded = common.generate(recognizer, features, 20)
-    [start, no_speech] = recognizer.tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", "<|nospeech|>"])
+@pytest.mark.parametrize("prompt", ["", "さようなら。"])
+def test_the_no_speech_probability_is_that_of_a_forward_to_the_start_of_the_transcript(recognizer, prompt):
+    tokenizer, features = recognizer.tokenizer, [common.extract_features(recognizer.extractor, synthesize(text))
+                                                 for text in ("こんにちは", "あ")]  # fmt: skip
+    _, probs, encoded = common.generate(load(MODEL, prompt=prompt), features, 20)
+    before = f"<|startofprev|> {prompt}" if prompt else ""
+    ids = tokenizer(f"{before}<|startoftranscript|>", add_special_tokens=False).input_ids
     with torch.inference_mode():
-        logits = recognizer.model(encoder_outputs=(encoded,), decoder_input_ids=torch.full((2, 1), start)).logits
-    np.testing.assert_allclose(probs, logits[:, 0].softmax(-1)[:, no_speech], rtol=1e-4)
+        logits = recognizer.model(encoder_outputs=(encoded,), decoder_input_ids=torch.tensor([ids, ids])).logits
+    no_speech = tokenizer.convert_tokens_to_ids("<|nospeech|>")
+    np.testing.assert_allclose(probs, logits[:, -1].softmax(-1)[:, no_speech], rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "auto"])
@@ -208,7 +275,7 @@ def as_transformers_5_saves_it(folder: Path) -> None:
 
 def test_a_folder_that_transformers_5_has_saved_gives_the_same_texts(tmp_path, recognizer):
     new, waveforms = load(variant(tmp_path / "model", as_transformers_5_saves_it)), [*map(synthesize, TEXTS)]
-    assert new.prompt.equal(recognizer.prompt) and new.token_mask.equal(recognizer.token_mask)
+    assert new.initial_tokens.equal(recognizer.initial_tokens) and new.token_mask.equal(recognizer.token_mask)
     assert new.tokenizer.eos_token_id == recognizer.tokenizer.eos_token_id
     rows = our_rows(new, waveforms, 20)
     assert rows == our_rows(recognizer, waveforms, 20)

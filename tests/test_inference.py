@@ -96,25 +96,25 @@ def test_json():
     assert not content["segments"][0]["looping"] and not content["segments"][0]["token_limit"]
 
 
-@pytest.mark.parametrize("options, prompt, space", [
+@pytest.mark.parametrize("options, start, space", [
     ([], "<|ja|><|transcribe|>", ""), (["--task", "translate"], "<|ja|><|translate|>", " "),
     (["--task", "translate", "--model", "bilingual"], "<|ja|><|translate|>", ""),
     (["--task", "translate", "--model", "bilingual", "--language", "en"], "<|en|><|translate|>", " "),
 ])  # fmt: skip
-def test_the_model_is_told_the_task_and_a_translation_is_spaced(tmp_path, infer, monkeypatch, options, prompt, space):
+def test_the_model_is_told_the_task_and_a_translation_is_spaced(tmp_path, infer, monkeypatch, options, start, space):
     """The text is English without kotoba's bilingual model, and what --language names with it."""
-    generate, prompts = common.generate, []
+    generate, noted = common.generate, []
 
-    def note_prompt(recognizer, *rest):
-        prompts.append(recognizer.tokenizer.decode(recognizer.prompt))
+    def note_tokens(recognizer, *rest):
+        noted.append(recognizer.tokenizer.decode(recognizer.initial_tokens))
         return generate(recognizer, *rest)
 
-    monkeypatch.setattr(common, "generate", note_prompt)
+    monkeypatch.setattr(common, "generate", note_tokens)
     monkeypatch.chdir(tmp_path)
     os.symlink(MODEL, "bilingual")
     speech = [synthesize("こんにちは"), np.zeros(28 * 16_000), synthesize("さようなら")]
     _, out, err = infer("--audio", write(tmp_path / "a.wav", np.concatenate(speech)), "-f", "json", *options)
-    assert prompts[0] == f"<|startoftranscript|>{prompt}<|notimestamps|>"
+    assert noted[0] == f"<|startoftranscript|>{start}<|notimestamps|>"
     assert json.loads(out)["text"] == f"こんにちは{space}さようなら"
     assert ("kotoba-whisper-bilingual-v1.0" in err) == (options == ["--task", "translate"])  # it cannot translate
 
@@ -190,6 +190,7 @@ def test_formats_that_need_a_folder_say_so(audio, infer, extension):
     (["--device", "gpu"], "'gpu' is not npu, npu:N, cpu, cuda or cuda:N"),
     (["--output-format", "docx"], "invalid choice: 'docx'"), (["--language", "jp"], "error: --language jp: not a"),
     (["--no-speech-threshold", "70"], "'70' is not a number from 0 to 1"),
+    (["--prompt", "<|ja|>"], "--prompt must be plain text"), (["--prompt", "こ" * 223], "its 224 tokens are more than"),
 ])  # fmt: skip
 def test_wrong_options(audio, infer, options, words):
     status, out, err = infer("--audio", audio / "hello.wav", *options)

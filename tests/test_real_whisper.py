@@ -14,6 +14,7 @@ import eval_accuracy
 
 REAL = TESTS / "real_whisper"
 MODEL, TRUTH = REAL / "model", json.loads((REAL / "truth.json").read_text(encoding="utf-8"))
+PROMPT = "住宅三棟、席を外す。"  # what the model mishears without it
 MEETINGS = ["meeting25.flac", "meeting10.flac"]  # room noise 25 dB and 10 dB below the voices
 CPU = torch.device("cpu")
 HAS_MODEL = (MODEL / "config.json").exists()
@@ -32,6 +33,16 @@ def outputs(tmp_path_factory) -> dict[str, dict]:
     result = run("inference.py", "--audio", REAL, *options)
     assert result.returncode == 0, result.stderr
     return {name: json.loads((folder / name).with_suffix(".json").read_text(encoding="utf-8")) for name in TRUTH}
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory) -> dict[str, dict]:
+    """The JSON of some recordings, from one run of the program with a prompt."""
+    folder, names = tmp_path_factory.mktemp("prompted"), ["09_news.flac", "12_business.flac", "meeting25.flac"]
+    options = ["--model", MODEL, "--device", "cpu", "--dtype", "float32", "-o", folder, "-f", "json"]
+    result = run("inference.py", "--audio", *(REAL / name for name in names), *options, "--prompt", PROMPT)
+    assert result.returncode == 0, result.stderr
+    return {name: json.loads((folder / name).with_suffix(".json").read_text(encoding="utf-8")) for name in names}
 
 
 def bare(text: str) -> str:
@@ -84,12 +95,34 @@ def test_the_second_check_of_the_readme(outputs):
     assert (first["text"], first["start"]) == (text, pytest.approx(int(start) / 1000, abs=0.05))
 
 
-@pytest.mark.parametrize("name", MEETINGS)
-def test_sentences_begin_when_they_are_spoken(outputs, name):
-    sentences = TRUTH[name]["sentences"]
-    found = [(start, s["start"]) for start, s in zip(starts(outputs[name], sentences), sentences, strict=True)]
+@pytest.mark.parametrize("name, run", [*((name, "outputs") for name in MEETINGS), (MEETINGS[0], "prompted")])
+def test_sentences_begin_when_they_are_spoken(request, name, run):
+    output, sentences = request.getfixturevalue(run)[name], TRUTH[name]["sentences"]
+    found = [(start, s["start"]) for start, s in zip(starts(output, sentences), sentences, strict=True)]
     errors = [abs(start - true) for start, true in found if start is not None]
     assert len(errors) >= 0.7 * len(sentences) and statistics.median(errors) <= 0.1, found
+
+
+@pytest.mark.parametrize("name, term", [("09_news.flac", "住宅三棟"), ("12_business.flac", "席を外し")])
+def test_terms_of_the_prompt_are_written_as_they_are_there(outputs, prompted, name, term):
+    assert term in prompted[name]["text"] and term not in outputs[name]["text"]
+    assert term in TRUTH[name]["sentences"][0]["text"]
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "国土交通省、円相場、見積書"])
+def test_a_prompt_gives_the_token_ids_of_transformers(prompt):
+    recognizer = common.load_model(str(MODEL), CPU, torch.float32, prompt=prompt)
+    clips = [chunk for name in ("06_news.flac", "12_business.flac")
+             for chunk in common.read_chunks(str(REAL / name), 15, pytest.fail)]  # fmt: skip
+    features = [common.extract_features(recognizer.extractor, clip.waveform) for clip in clips]
+    prompt_ids = torch.tensor(recognizer.tokenizer.get_prompt_ids(prompt))
+    rows = common.generate(recognizer, features, 40).token_ids
+    for row, each in zip(rows, features, strict=True):
+        [expected] = recognizer.model.generate(
+            each, prompt_ids=prompt_ids, language="ja", task="transcribe", return_timestamps=False, num_beams=1,
+            do_sample=False, max_new_tokens=40, force_unique_generate_call=True,
+        ).tolist()  # fmt: skip
+        assert row == expected[len(prompt_ids) + common.START_LENGTH :]
 
 
 def test_the_smallest_fault_is_beyond_the_limit_and_reordered_sums_are_not():

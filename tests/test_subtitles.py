@@ -101,24 +101,26 @@ def align_tokens(recognizer, waveform: np.ndarray, ids: list[int]) -> inference.
     return chunk
 
 
-def test_the_attention_is_that_of_transformers(recognizer):
+@pytest.mark.parametrize("prompt", ["", "さようなら。"])
+def test_the_attention_is_that_of_transformers(prompt):
     """Against output_attentions of the eager attention; also in a batch, with a row shorter than another."""
     import transformers
 
     eager = transformers.WhisperForConditionalGeneration.from_pretrained(
         MODEL, dtype=torch.float32, attn_implementation="eager"
     )
+    recognizer = common.load_model(MODEL, torch.device("cpu"), torch.float32, prompt=prompt)
     features = common.extract_features(recognizer.extractor, synthesize("こんにちは"))
     rows = [recognizer.tokenizer(text, add_special_tokens=False).input_ids for text in ("こんにちは", "こん")]
     with torch.inference_mode():
         encoded = common.encode(recognizer.model, features).expand(2, -1, -1)
         ours = list(inference.force_texts(recognizer, encoded, rows))
         for ids, (weights, logprobs) in zip(rows, ours, strict=True):
-            inputs = torch.tensor([[*recognizer.prompt.tolist(), *ids[:-1]]])
+            inputs, n = torch.tensor([[*recognizer.initial_tokens.tolist(), *ids[:-1]]]), len(ids)
             theirs = eager(input_features=features, decoder_input_ids=inputs, output_attentions=True)
-            attention = torch.cat(theirs.cross_attentions, 1)[0, :, common.PROMPT_LENGTH - 1 :]
+            attention = torch.cat(theirs.cross_attentions, 1)[0, :, -n:]
             torch.testing.assert_close(weights, attention)
-            logits = theirs.logits[0, common.PROMPT_LENGTH - 1 :]
+            logits = theirs.logits[0, -n:]
             logits[:, torch.isinf(recognizer.token_mask[1])] = -torch.inf
             logits[0, torch.isinf(recognizer.token_mask[0])] = -torch.inf
             loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="none")

@@ -59,7 +59,7 @@ def openai_model(model):
 def starts_of_openai(theirs, recognizer, features: torch.Tensor, ids: list[int], n_frames: int) -> list[float]:
     from whisper.timing import find_alignment
 
-    *sequence, no_timestamps = recognizer.prompt.tolist()
+    *sequence, no_timestamps = recognizer.initial_tokens.tolist()
     tokenizer = types.SimpleNamespace(
         sot_sequence=sequence, no_timestamps=no_timestamps, eot=recognizer.tokenizer.eos_token_id,
         split_to_word_tokens=lambda tokens: ([str(token) for token in tokens], [[token] for token in tokens]),
@@ -68,7 +68,7 @@ def starts_of_openai(theirs, recognizer, features: torch.Tensor, ids: list[int],
 
 
 def starts_of_transformers(recognizer, features: torch.Tensor, n_frames: int) -> list[float]:
-    """token_timestamps, in which the prompt and the end of text have a place too; fails without heads that exist."""
+    """token_timestamps, also of the initial tokens and of the end of text; fails without heads that exist."""
     output = recognizer.model.generate(
         features, language="ja", task="transcribe", return_token_timestamps=True, return_dict_in_generate=True,
         attention_mask=torch.arange(3000)[None] < n_frames,

@@ -128,7 +128,7 @@ def generating(model, extractor):
                 num_beams=1, do_sample=False, return_timestamps=False, max_new_tokens=n_tokens,
                 force_unique_generate_call=True,
             )  # fmt: skip
-            made += rows[:, common.PROMPT_LENGTH :].numel()
+            made += rows[:, common.START_LENGTH :].numel()
         return made
 
     return run

@@ -31,7 +31,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 SAMPLING_RATE = 16_000
 EOT, SOT, PREVIOUS, NO_SPEECH = "<|endoftext|>", "<|startoftranscript|>", "<|startofprev|>", "<|nospeech|>"
 TASKS, NO_TIMESTAMPS = ("<|translate|>", "<|transcribe|>"), "<|notimestamps|>"
-PROMPT = (SOT, "<|ja|>", "<|transcribe|>", NO_TIMESTAMPS)
+START = (SOT, "<|ja|>", "<|transcribe|>", NO_TIMESTAMPS)
 # Steps, learning rate at their start and end, whether the texts grow longer on the way, and the mix of (window s,
 # batch size, fewest kana, most kana) that the steps take turns in.
 PHASES = [
@@ -129,17 +129,17 @@ def utterance(rng: np.random.Generator, n_kana: int, window_s: float) -> tuple[n
 
 def batch(rng, tokenizer, extractor, window_s: int, size: int, fewest: int, most: int) -> tuple[torch.Tensor, ...]:
     """input_features (size, 128, frames), token_ids (size, n_tokens), and which of these are to be predicted."""
-    prompt = [tokenizer.convert_tokens_to_ids(t) for t in PROMPT]
+    start = [tokenizer.convert_tokens_to_ids(t) for t in START]
     features, rows = [], []
     for _ in range(size):
         waveform, text = utterance(rng, int(rng.integers(fewest, most + 1)), window_s)
         features.append(extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features[0])
-        rows.append(prompt + tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id])
+        rows.append(start + tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id])
     token_ids = torch.full((size, max(map(len, rows))), tokenizer.eos_token_id)
     predicted = torch.zeros(token_ids.shape, dtype=torch.bool)
     for i, row in enumerate(rows):
         token_ids[i, : len(row)] = torch.tensor(row)
-        predicted[i, len(prompt) : len(row)] = True
+        predicted[i, len(start) : len(row)] = True
     return torch.stack(features), token_ids, predicted
 
 
