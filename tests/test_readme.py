@@ -20,7 +20,7 @@ def test_the_first_check_prints_what_it_says(monkeypatch):
 def test_the_options_and_defaults_are_those_of_help():
     text = " ".join(run("inference.py", "--help").stdout.split())
     options = re.findall(r"^\| `(--\S+)(?: [A-Z.]+)?`.* \| `?(.+?)`? \|$", README, re.MULTILINE)
-    assert len(options) == 7
+    assert len(options) == 8
     for option, default in options:
         assert option in text
         if default not in ("required", "stdout") and "," not in default:
