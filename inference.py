@@ -110,12 +110,13 @@ class Chunk(common.Chunk):
     recording: Recording
     is_last: bool = False  # of its recording
     is_part: bool = False  # of a chunk that the model has not heard whole
+    parts: list["Chunk"] = field(default_factory=list)  # of this one, if it was not heard whole
     features: torch.Tensor | None = None  # input_features, until it is decoded
     loud_frames: np.ndarray | None = None  # as find_loud_frames gives them
     # What set_text finds out:
     text: str = ""
-    n_windows: int = 0  # that were decoded for it, of a part's chunk too,
-    n_decoded: int = 0  # and their tokens, with ends and repetitions
+    n_windows: int = 0  # that were decoded
+    n_decoded: int = 0  # tokens, with ends and repetitions
     token_ids: list[int] = field(default_factory=list)  # of the text, and the end of the text
     no_speech_prob: float | None = None  # None where it was not decoded
     compression_ratio: float = 0.0
@@ -294,7 +295,7 @@ def count(recording: Recording, totals: Counter) -> None:
         return
     kept = [chunk for chunk in recording.chunks if not chunk.left_out]
     totals.update(audio_s=recording.duration, left_out=len(recording.chunks) - len(kept))
-    totals.update(again=sum(chunk.is_part for chunk in recording.chunks) // 2)
+    totals.update(again=sum(chunk.n_windows > 1 for chunk in recording.chunks))
     totals.update(token_limit=sum(chunk.token_limit for chunk in kept), looping=sum(chunk.looping for chunk in kept))
     totals.update(empty=sum(not chunk.text for chunk in kept))
     if not kept:
@@ -429,17 +430,17 @@ def transcribe(
 ) -> Iterator[Recording]:  # fmt: skip
     """The recordings, in order, each when its last chunk has its text; on_chunk is called with each chunk, in order.
 
-    Where decode_again is True, a chunk that the model has not heard whole is cut in two, and both parts are decoded in
-    its place. A batch may have chunks of several recordings. While an accelerator decodes one batch the next is read,
-    unless the stages are timed. Where the device fails, nothing that it returns can be believed: all recordings that
-    have begun come with an error, and then DeviceError is raised.
+    Where decode_again is True, a chunk that the model has not heard whole is cut in two, and the parts take its place.
+    A batch may have chunks of several recordings. While an accelerator decodes one batch the next is read, unless the
+    stages are timed. Where the device fails, nothing that it returns can be believed: all recordings that have begun
+    come with an error, and then DeviceError is raised.
     """
     device = recognizer.model.device
     batch_size = fitting = args.batch_size or common.default_batch_size(device)
     chunks = read_recordings(paths, recognizer, args)
     if device.type != "cpu" and recognizer.lap is common.untimed:  # on a CPU both would compete for the cores
         chunks = ahead(chunks, batch_size)
-    parts, waiting = deque(), []  # waiting: the chunks, in order, that are not decoded or wait for one before them
+    parts, waiting = deque(), []  # waiting: the whole chunks, in order, that have no text or wait for one before them
     while batch := next_batch(parts, chunks, batch_size):
         waiting += [chunk for chunk in batch if not chunk.is_part]
         try:
@@ -450,18 +451,17 @@ def transcribe(
                 yield recording
             raise
         for chunk in batch:
-            if decode_again and (cut := place_to_cut(chunk)):
-                halves = halve(recognizer, chunk, cut, args)
-                parts += halves
-                i = waiting.index(chunk)
-                waiting[i : i + 1] = halves
+            if decode_again and (place_s := place_to_cut(chunk)):
+                chunk.parts = halve(recognizer, chunk, place_s, args)
+                parts += chunk.parts
             chunk.waveform = None
-        while waiting and waiting[0].features is None:
-            chunk = waiting.pop(0)
-            chunk.recording.chunks.append(chunk)
-            on_chunk(chunk)
-            if chunk.is_last:
-                yield chunk.recording
+        while waiting and all(chunk.features is None for chunk in (waiting[0], *waiting[0].parts)):
+            whole = waiting.pop(0)
+            for chunk in better_heard(whole):
+                whole.recording.chunks.append(chunk)
+                on_chunk(chunk)
+            if whole.is_last:
+                yield whole.recording
 
 
 def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, args: argparse.Namespace) -> Iterator[Chunk]:
@@ -577,9 +577,7 @@ def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float, no_
     chunk.compression_ratio = len(data) / len(zlib.compress(data))
     chunk.looping = chunk.compression_ratio > COMPRESSION_RATIO_LIMIT
     chunk.token_limit = ids[-1] != eos
-    chunk.n_windows += 1
-    chunk.n_decoded += len(ids)
-    chunk.no_speech_prob = no_speech_prob
+    chunk.n_windows, chunk.n_decoded, chunk.no_speech_prob = 1, len(ids), no_speech_prob
     chunk.left_out = no_speech_prob > no_speech_threshold
     ids = [i for i in ids if i != eos]
     chunk.token_ids = [*(without_loop(ids) if chunk.looping else ids), eos]
@@ -607,43 +605,52 @@ def without_loop(ids: list[int]) -> list[int]:
 
 
 def place_to_cut(chunk: Chunk) -> float | None:
-    """Where to cut a chunk that the model has not heard whole, in seconds from its start; None where it has, or where
-    no more than one try is left.
+    """Where to cut a chunk that the model has not heard whole, in seconds from its start; None where it has.
 
     After a pause the model may end its text. Then a stretch of sound follows of which no character has a frame, and the
-    pause before it is the place. Text that repeats itself, that is cut off or that the model finds unlikely shows that
-    it is lost: the longest pause is the place.
+    pause before it is the place. A text that repeats itself, reaches the token limit or is unlikely may lack words too:
+    the longest pause is the place or, where there is none, the quietest moment in the middle. Parts are not cut again:
+    a third try made text of noise.
     """
-    if chunk.is_part or chunk.left_out or chunk.loud_frames is None:
+    if chunk.is_part or chunk.left_out:
         return None
-    frames = chunk.loud_frames
+    frames, duration_s = chunk.loud_frames, chunk.end - chunk.start
     stretches = np.split(frames, np.flatnonzero(np.diff(frames) * FRAME_S >= common.PAUSE_S) + 1)
-    pauses = list(itertools.pairwise(stretches))
+    pauses = [(before[-1] + 1, after[0]) for before, after in itertools.pairwise(stretches)]
     silent = [
         i for i, stretch in enumerate(stretches)
         if len(stretch) * FRAME_S >= UNHEARD_S and np.isin(stretch, chunk.silent_frames).mean() > 0.9
     ]  # fmt: skip
-    if chunk.looping or chunk.token_limit or chunk.avg_logprob < LOGPROB_LIMIT:
-        if not pauses:  # the quietest moment in the middle
-            middle = chunk.waveform[: 3 * len(chunk.waveform) // 4]
-            return common.quietest_cut(middle, common.SAMPLING_RATE) / common.SAMPLING_RATE
-        before, after = max(pauses, key=lambda pause: pause[1][0] - pause[0][-1])
+    is_doubtful = chunk.looping or chunk.token_limit or chunk.avg_logprob < LOGPROB_LIMIT
+    if is_doubtful and not pauses:
+        middle = chunk.waveform[: 3 * len(chunk.waveform) // 4]
+        place_s = common.quietest_cut(middle, common.SAMPLING_RATE) / common.SAMPLING_RATE
+    elif is_doubtful:
+        place_s = FRAME_S * sum(max(pauses, key=lambda pause: pause[1] - pause[0])) / 2
     elif silent and pauses:
-        before, after = pauses[max(silent[0] - 1, 0)]
+        place_s = FRAME_S * sum(pauses[max(silent[0] - 1, 0)]) / 2
     else:
         return None
-    return FRAME_S * (before[-1] + after[0] + 1) / 2
+    return place_s if common.PAUSE_S <= place_s <= duration_s - common.PAUSE_S else None  # else a part is a scrap
 
 
-def halve(recognizer: common.Recognizer, chunk: Chunk, cut_s: float, args: argparse.Namespace) -> list[Chunk]:
+def halve(recognizer: common.Recognizer, chunk: Chunk, place_s: float, args: argparse.Namespace) -> list[Chunk]:
     """The two parts of a chunk, ready to be decoded."""
-    place, middle_s = round(cut_s * common.SAMPLING_RATE), chunk.start + cut_s
+    place, middle_s = round(place_s * common.SAMPLING_RATE), chunk.start + place_s
     first = Chunk(chunk.start, middle_s, chunk.waveform[:place], chunk.recording, is_part=True)
     second = Chunk(middle_s, chunk.end, chunk.waveform[place:], chunk.recording, is_part=True, is_last=chunk.is_last)
-    first.n_windows, first.n_decoded = chunk.n_windows, chunk.n_decoded
     for part in (first, second):
         prepare(recognizer, part, args)
     return [first, second]
+
+
+def better_heard(whole: Chunk) -> list[Chunk]:
+    """The parts of a chunk, or the chunk itself where it has none or none of them is kept; the first one gets the
+    counts of all that was decoded."""
+    heard = whole.parts if any(not part.left_out for part in whole.parts) else [whole]
+    decoded = [whole, *whole.parts]
+    heard[0].n_windows, heard[0].n_decoded = sum(c.n_windows for c in decoded), sum(c.n_decoded for c in decoded)
+    return heard
 
 
 # --- Times: cross-attention -> when each character is spoken ---

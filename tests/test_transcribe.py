@@ -129,6 +129,15 @@ def test_a_text_that_reaches_the_token_limit_is_decoded_again_in_two_parts(tmp_p
     assert [(s.text, s.token_limit) for s in recording.chunks] == [("こんにちは", False)]
 
 
+def test_a_chunk_stays_whole_where_none_of_its_parts_is_kept():
+    chunks = [inference.Chunk(0, 9, None, None, n_windows=1, n_decoded=n, left_out=False) for n in (5, 3, 2)]
+    whole, *whole.parts = chunks
+    for part in whole.parts:
+        assert inference.better_heard(whole) == whole.parts
+        part.left_out = True
+    assert inference.better_heard(whole) == [whole]
+
+
 def test_a_loop_is_seen_and_delivered_once_and_what_follows_is_heard(tmp_path, transcribe):
     [recording] = transcribe(write(tmp_path / "a.wav", synthesize("いう" + "あ" * 30)))
     first, second = recording.chunks
