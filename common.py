@@ -26,10 +26,11 @@ from tqdm import tqdm
 # Else `import torch` fails where torch_npu is installed and CANN is not; start_npu turns that into one line.
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else the C++ of torch writes a backtrace for what it raises
-# OpenMP's threads then sleep soon where they wait. By default they spin, so that all takes ten times as long where
+# Waiting threads of OpenMP then go to sleep soon. By default they spin, which makes everything ten times slower where
 # another job uses one of the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback in the seconds of the next import
+# Ctrl-C during the next import, which takes seconds, then ends the program without a traceback.
+on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 import torch  # noqa: E402
 
 signal.signal(signal.SIGINT, on_interrupt)
@@ -41,16 +42,16 @@ START_LENGTH = 4  # the number of tokens in <|startoftranscript|>, language, tas
 MAX_NEW_TOKENS = N_POSITIONS - START_LENGTH
 MAX_PROMPT_TOKENS = N_POSITIONS // 2 - 1  # as in openai/whisper
 CHECK_EVERY = 8  # tokens after which decoding asks whether all rows have ended
-CLAMPED_FLOAT16 = 64_504  # the largest float16 less 1000: WhisperEncoderLayer makes this of what overflows
+CLAMPED_FLOAT16 = 64_504  # the largest float16 less 1000: WhisperEncoderLayer puts it in the place of what overflows
 LOUDEST_SAMPLE = 100.0  # 40 dB above full scale: samples beyond are integers written as floats, or damage
 LEVEL_HOP_S = 0.01  # from one measurement of loudness to the next
 PAUSE_S = 0.3  # longer than the silence inside a stop consonant or a small tsu, which is no pause
 STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # least variation of speech; the steadiest of 475 inputs has 4.9 dB
-STRETCH_S = 8  # a channel on which nothing moves for so many blocks, of a second, is left out if it does on another one
+STRETCH_S = 8  # a channel on which nothing moves for so long is left out of the mix if something moves on another
 MAX_BLOCK = 1 << 22  # samples of all channels that are read at once
 SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
 FAR_QUIETER = 100  # a factor of power: 20 dB
-UNKNOWN_LENGTH = 1 << 62  # samples or bytes: libsndfile gives more than that where it does not know
+UNKNOWN_LENGTH = 1 << 62  # a length of this or more, in samples or bytes, means: not known
 LENGTHS = (  # where formats declare their length: pattern, byte order, bytes that are not counted
     (rb"RIFF(.{4})(?:WAVE|AVI )", "little", 8),
     (rb"(?:RF64|BW64).{4}WAVEds64.{4}(.{8})", "little", 8),
@@ -314,7 +315,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def untimed(stage: str) -> None:
-    """Do nothing: what a recognizer's lap is, unless a stopwatch stands in its place."""
+    """Do nothing. eval_performance.py puts a stopwatch in the place of this."""
 
 
 @dataclass(frozen=True)
@@ -430,7 +431,7 @@ def load_model(
         if found != needed:
             names = "mel bins, samples and frames of a window, positions of the decoder"
             raise ValueError(f"its config.json and preprocessor_config.json do not fit: {names}: {found}, not {needed}")
-        # In place of two logits processors of transformers, for which an NPU sorts the vocabulary at every token.
+        # Two logits processors of transformers do the same, but make an NPU sort the vocabulary at every token.
         token_mask = torch.zeros(2, config.vocab_size)
         token_mask[:, generation.suppress_tokens or []] = -math.inf
         token_mask[0, generation.begin_suppress_tokens or []] = -math.inf
@@ -492,6 +493,8 @@ def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, n
 def check_file(path: str) -> None:
     """Raise AudioError where there is no file that could hold audio."""
     if not os.path.isfile(path):
+        if os.path.isdir(path):
+            raise AudioError("a folder: name the files in it")
         if path == "-" or "://" in path or os.path.exists(path):
             raise AudioError("not a regular file: save the sound to one first, and name that")
         raise AudioError("no such file or folder")
@@ -610,11 +613,11 @@ def warn_of_length(file, end: int, warn: Callable[[str], None]) -> None:
     """Say how many bytes lie behind the end of a recording, which may be another one, or are missing.
 
     end is where reading stopped, in bytes. What the header declares behind that is the recording's own: pictures, say.
-    A tag behind the end and what a recorder miscounts are less than the limits.
+    Less than the limits may be a tag, or what a recorder miscounts.
     """
     size, declared = os.fstat(file.fileno()).st_size, declared_end(file)
     end = max(end, declared)
-    if size - end > max(1 << 16, size // 100):
+    if size - end > 1 << 16:
         warn(f"{size - end} bytes behind the end that its header declares were not read")
     if declared - size > 1 << 12:
         warn(f"{declared - size} bytes that its header declares are missing at the end")
@@ -627,7 +630,8 @@ def declared_end(file) -> int:
     for pattern, byteorder, n_more in LENGTHS:
         if match := re.match(pattern, head, re.DOTALL):
             *others, length = (int.from_bytes(group, byteorder) for group in match.groups())
-            is_known = 0 < length < (0x7FFFF000 if len(match[1]) == 4 else UNKNOWN_LENGTH)
+            half = 1 << 8 * len(match[1]) - 1  # recorders leave 0, or a little less than half or all of the numbers
+            is_known = length > 0 and length % half < half - (1 << 12)
             end = sum(others) + length + n_more if is_known else 0
     pattern, byteorder, n_more = CAF_CHUNK if head[:4] == b"caff" else AVI_CHUNK
     while end and (match := re.match(pattern, os.pread(file.fileno(), 12, end), re.DOTALL)):
@@ -638,8 +642,8 @@ def declared_end(file) -> int:
 def mix_down(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
     """STRETCH_S blocks in one, the channels mixed: (sampling rate, (n_channels, n)) to (sampling rate, (n,) float32).
 
-    A channel of silence, hum, hiss or timecode is left out where somebody may speak on another one. Where nothing moves
-    on any channel, what held before still holds.
+    A channel of silence, hum, hiss or timecode is left out where somebody may speak on another one. A stretch in which
+    nothing moves on any channel is mixed like the one before it.
     """
     blocks, moving = iter(blocks), []
     while stretch := list(itertools.islice(blocks, STRETCH_S)):
@@ -753,9 +757,7 @@ def generate(recognizer: Recognizer, features: list[torch.Tensor], max_new_token
 
 
 def extract_features(extractor: Callable, waveform: np.ndarray) -> torch.Tensor:
-    """input_features (1, n_mels, n_frames) float32 on the CPU. Raises ValueError for more than the model's window."""
-    if len(waveform) > WINDOW_S * SAMPLING_RATE:
-        raise ValueError(f"{len(waveform)} samples do not fit a window of {WINDOW_S} s")
+    """input_features (1, n_mels, n_frames) float32 on the CPU, of at most the model's window."""
     return extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
 
 
@@ -804,7 +806,8 @@ def decode(
         hidden = model.model.decoder(
             input_ids=token_ids, encoder_hidden_states=encoded, past_key_values=cache, cache_position=position
         ).last_hidden_state
-        # Of the initial tokens those of the first and the last position of the start sequence.
+        # At first two positions count: <|startoftranscript|>, for no_speech_probs, and the last, for the first token.
+        # Later there is only one, which both indices give.
         logits = model.proj_out(hidden[:, -START_LENGTH :: START_LENGTH - 1]).float()
         if i == 0:
             no_speech_probs = logits[:, 0].softmax(-1).index_select(1, recognizer.initial_tokens[-1:] - 1)[:, 0]

@@ -137,7 +137,7 @@ def run_once(recognizer: common.Recognizer, paths: list[str], args: argparse.Nam
         recognizer.lap("text")
         chunks += recording.chunks
     if not any(chunk.n_decoded for chunk in chunks):
-        raise common.SetupError("there is nothing to measure: no chunk of the audio has sound that changes")
+        raise common.SetupError("there is nothing to measure: all of the audio is silence or steady sound")
     return chunks
 
 
@@ -146,7 +146,7 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: a
 
     samples_s are in the order of the runs, without the warm-up; peak_bytes, of the device's memory, is None for a CPU.
     """
-    device, samples_s, stages_s = recognizer.model.device, [], {stage: [] for stage in STAGES}
+    device, samples_s, stopwatches = recognizer.model.device, [], []
     n_runs = args.warmup + args.runs
     memory = torch.get_device_module(device) if device.type != "cpu" else None
     if memory:
@@ -155,14 +155,12 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: a
         started_s = clock(device)
         chunks = run_once(recognizer, paths, args)
         samples_s.append(clock(device) - started_s)
-        stopwatch = Stopwatch(device)
-        run_once(replace(recognizer, lap=stopwatch), paths, args)
-        for stage, seconds in stopwatch.stages_s.items():
-            stages_s[stage].append(seconds)
+        stopwatches.append(Stopwatch(device))
+        run_once(replace(recognizer, lap=stopwatches[-1]), paths, args)
         if i == 0:
             common.notice(f"{label} on {device}: the first of {2 * n_runs} runs took {samples_s[0]:.1f} s")
     samples_s, first_s = samples_s[args.warmup :], samples_s[0]
-    stages_s = {stage: samples[args.warmup :] for stage, samples in stages_s.items()}
+    stages_s = {stage: [watch.stages_s[stage] for watch in stopwatches[args.warmup :]] for stage in STAGES}
     return {
         "label": label, "audio_s": sum(chunk.end - chunk.start for chunk in chunks),
         "n_windows": sum(chunk.n_windows for chunk in chunks), "n_tokens": sum(chunk.n_decoded for chunk in chunks),

