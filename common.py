@@ -54,6 +54,7 @@ FAR_QUIETER = 100  # a factor of power: 20 dB
 UNKNOWN_LENGTH = 1 << 62  # a length of this or more, in samples or bytes, means: not known
 LENGTHS = (  # where formats declare their length: pattern, byte order, bytes that are not counted
     (rb"RIFF(.{4})(?:WAVE|AVI )", "little", 8),
+    (rb"RIFX(.{4})WAVE", "big", 8),
     (rb"(?:RF64|BW64).{4}WAVEds64.{4}(.{8})", "little", 8),
     (rb"riff.{12}(.{8})wave", "little", 0),  # W64
     (rb"FORM(.{4})AIF", "big", 8),
@@ -497,6 +498,8 @@ def check_file(path: str) -> None:
             raise AudioError("a folder: name the files in it")
         if path == "-" or "://" in path or os.path.exists(path):
             raise AudioError("not a regular file: save the sound to one first, and name that")
+        if os.path.islink(path):
+            raise AudioError("a link to a file that is not there")
         raise AudioError("no such file or folder")
     if os.path.getsize(path) == 0:
         raise AudioError("empty (0 bytes)")
@@ -510,11 +513,11 @@ def read_channels(path: str, file, warn: Callable[[str], None]) -> Iterator[tupl
     libsndfile reads what it knows, and the ffmpeg program everything else and, where there is one, MP3 and Ogg, of
     which libsndfile misses what follows the first recording in a file. Raises AudioError.
     """
-    head = os.pread(file.fileno(), 1 << 16, 0)
+    head = os.pread(file.fileno(), 1 << 20, 0)
     has_ffmpeg = shutil.which("ffmpeg") is not None
     n_read, rate = 0, 1
     problem = "it has no samples"  # unless something else is found
-    if re.match(rb"(RIFF|RF64|BW64)....WAVE", head, re.DOTALL) and max(map(head.count, SYNC_WORDS)) > 2:
+    if is_bitstream(head):
         problem = "in place of samples it has a bitstream such as DTS"  # which libsndfile would take for noise
     elif not (has_ffmpeg and re.match(rb"ID3|\xff[\xe0-\xff]|OggS", head)):
         try:
@@ -537,6 +540,11 @@ def read_channels(path: str, file, warn: Callable[[str], None]) -> Iterator[tupl
         raise AudioError(f"not audio that libsndfile reads ({problem}); {remedy}")
     yield from ffmpeg_blocks(path, head, warn)
     warn_of_length(file, declared_end(file) or os.fstat(file.fileno()).st_size, warn)
+
+
+def is_bitstream(head: bytes) -> bool:
+    """Whether a WAV's first bytes have, in place of samples, a bitstream such as DTS, which would sound like noise."""
+    return bool(re.match(rb"(RIFF|RF64|BW64)....WAVE", head, re.DOTALL)) and max(map(head.count, SYNC_WORDS)) > 2
 
 
 def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]:
@@ -573,9 +581,12 @@ def ffmpeg_blocks(path: str, head: bytes, warn: Callable[[str], None]) -> Iterat
                 yield rate, block
         messages.seek(0)
         log = messages.read().decode(errors="replace").strip()
-    pictures = "|".join(re.findall(r"\[info\] +Stream #.* Video: (\w+)", log)) or "none"  # their codecs may complain
+    # What the codecs of pictures say is no loss of sound, nor what the output says to which MPEG's pictures go.
+    pictures = "|".join(["null", *re.findall(r"\[info\] +Stream #.* Video: (\w+)", log)])
     errors = re.findall(rf"^(?!\[(?:{pictures}) @)(.*)\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
     said = "".join(errors[0]) if errors else log.rpartition("\n")[2]
+    if is_bitstream(head) and re.search(r"Stream #.* Audio: pcm_", log.partition("Output #")[0]):
+        raise AudioError("in place of samples it has a bitstream that ffmpeg does not know: save it in its own format")
     if n_read == 0:
         raise AudioError(f"no sound in it that ffmpeg can read ({said or 'it does not say why'})")
     if process.returncode != 0:
@@ -593,7 +604,8 @@ def ffmpeg_command(path: str, head: bytes) -> list[str]:
         filters = "anull"
     # first_pts=0 keeps the silence before a sound that begins later than the picture, in MP4, Matroska, FLV, WMV and
     # MPEG; in broadcast streams it would repeat sound where the format changes.
-    if re.match(rb"....(ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|FLV|0&\xb2u|\0\0\x01\xba", head, re.DOTALL):
+    late = rb"....(ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|FLV|0&\xb2u|\0\0\x01\xba"
+    if re.match(late, head, re.DOTALL) and not path.lower().endswith(".wma"):  # in which there is no picture
         filters += ":first_pts=0"
     # file: keeps a name like concat:x from being taken for a protocol. A jump of a transport stream's clock by up to
     # 60 s, not 10, is a gap; a longer one means a new clock.
@@ -616,11 +628,22 @@ def warn_of_length(file, end: int, warn: Callable[[str], None]) -> None:
     Less than the limits may be a tag, or what a recorder miscounts.
     """
     size, declared = os.fstat(file.fileno()).st_size, declared_end(file)
-    end = max(end, declared)
+    end = max(end, declared) if has_chunks_to(file, declared) else end
     if size - end > 1 << 16:
         warn(f"{size - end} bytes behind the end that its header declares were not read")
     if declared - size > 1 << 12:
         warn(f"{declared - size} bytes that its header declares are missing at the end")
+
+
+def has_chunks_to(file, end: int) -> bool:
+    """Whether a WAV or AIFF has chunk after chunk up to end, not samples that none declares; True for other formats."""
+    head, place = os.pread(file.fileno(), 4, 0), 12
+    while head in (b"RIFF", b"RIFX", b"FORM") and len(chunk := os.pread(file.fileno(), 8, place)) == 8 and place < end:
+        if not re.match(rb"[ -~]{4}", chunk):
+            return False
+        size = int.from_bytes(chunk[4:], "little" if head == b"RIFF" else "big")
+        place += 8 + size + size % 2
+    return True
 
 
 def declared_end(file) -> int:
@@ -630,8 +653,9 @@ def declared_end(file) -> int:
     for pattern, byteorder, n_more in LENGTHS:
         if match := re.match(pattern, head, re.DOTALL):
             *others, length = (int.from_bytes(group, byteorder) for group in match.groups())
-            half = 1 << 8 * len(match[1]) - 1  # recorders leave 0, or a little less than half or all of the numbers
-            is_known = length > 0 and length % half < half - (1 << 12)
+            # Before they know it, recorders write 0, the header's length, or a little less than the largest number.
+            half = 1 << 8 * len(match[1]) - 1
+            is_known = length > 36 and length % half < half - (1 << 12)
             end = sum(others) + length + n_more if is_known else 0
     pattern, byteorder, n_more = CAF_CHUNK if head[:4] == b"caff" else AVI_CHUNK
     while end and (match := re.match(pattern, os.pread(file.fileno(), 12, end), re.DOTALL)):

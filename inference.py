@@ -50,11 +50,13 @@ AUDIO_EXTENSIONS = (  # of what libsndfile or ffmpeg reads without being told it
     ".weba", ".webm", ".wma", ".wmv", ".wtv", ".wv", ".wve", ".xwma",
 )  # fmt: skip
 # Folders for what programs keep and for what was thrown away, on Linux, macOS, Windows and network drives
-HIDDEN = r"[.$].*|[#@]recycle|recycle[dr]|#snapshot|@eaDir|lost[+]found|System Volume Information"
+HIDDEN = r"(?s:[.$].*)|[#@]recycle|recycle[dr]|recycle[. ]bin|network trash folder|files_trashbin|[#~]snapshot|" \
+    r"@recently-snapshot|@eaDir|lost[+]found|System Volume Information"
 FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
 NO_SPEECH_THRESHOLD = 0.7  # openai/whisper's 0.6 lost 6 whole sentences in 1162 inputs, this one 1 (tests/README.md)
+ECHO_NO_SPEECH_PROB = 0.3  # nearly all speech is below it; noise in which a prompt was echoed has 0.5 and more
 LOGPROB_LIMIT = -1.0  # openai/whisper's: below it a text is not to be believed
 UNHEARD_S = 1.0  # of loud sound without a character: shorter ones are coughs and chairs
 QUIETER_DB = 30  # a pause is more than this below the loudest part of a chunk or, in noise,
@@ -453,6 +455,7 @@ def transcribe(
         for chunk in batch:
             if decode_again and (place_s := place_to_cut(chunk)):
                 chunk.parts = halve(recognizer, chunk, place_s, args)
+                recognizer.lap("features")
                 parts += chunk.parts
             chunk.waveform = None
         while waiting and all(chunk.features is None for chunk in (waiting[0], *waiting[0].parts)):
@@ -561,6 +564,7 @@ def recognize_batch(recognizer: common.Recognizer, batch: list[Chunk], args: arg
     decoded = common.generate(recognizer, [chunk.features for chunk in batch], args.max_new_tokens)
     for chunk, ids, no_speech_prob in zip(batch, decoded.token_ids, decoded.no_speech_probs, strict=True):
         set_text(chunk, recognizer.tokenizer, ids, no_speech_prob, args.no_speech_threshold)
+        chunk.left_out |= is_echo(chunk, args.prompt) and args.no_speech_threshold < 1
     recognizer.lap("text")
     with torch.inference_mode(), common.device_errors(recognizer.model.device):
         forced = force_texts(recognizer, decoded.encoded, [chunk.token_ids for chunk in batch])
@@ -584,6 +588,12 @@ def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float, no_
     ids = [i for i in ids if i != eos]
     chunk.token_ids = [*(without_loop(ids) if chunk.looping else ids), eos]
     chunk.text = re.sub(common.CONTROL, " ", tokenizer.decode(chunk.token_ids, skip_special_tokens=True)).strip()
+
+
+def is_echo(chunk: Chunk, prompt: str) -> bool:
+    """Whether a chunk's text is nothing but a piece of the prompt, and perhaps nobody has spoken."""
+    text, prompt = (re.sub(r"\W", "", text) for text in (chunk.text, prompt))
+    return text != "" and text in prompt and chunk.no_speech_prob > ECHO_NO_SPEECH_PROB
 
 
 def set_logprob(chunk: Chunk, logprobs: torch.Tensor, no_speech_threshold: float) -> None:
@@ -614,9 +624,10 @@ def place_to_cut(chunk: Chunk) -> float | None:
     the longest pause is the place or, where there is none, the quietest moment in the middle. Parts are not cut again:
     a third try made text of noise.
     """
-    if chunk.is_part or chunk.left_out:
+    duration_s = chunk.end - chunk.start
+    if chunk.is_part or chunk.left_out or duration_s < 2 * common.PAUSE_S:
         return None
-    frames, duration_s = chunk.loud_frames, chunk.end - chunk.start
+    frames = chunk.loud_frames
     stretches = np.split(frames, np.flatnonzero(np.diff(frames) * FRAME_S >= common.PAUSE_S) + 1)
     pauses = [(before[-1] + 1, after[0]) for before, after in itertools.pairwise(stretches)]
     silent = [
@@ -647,11 +658,14 @@ def halve(recognizer: common.Recognizer, chunk: Chunk, place_s: float, args: arg
 
 
 def better_heard(whole: Chunk) -> list[Chunk]:
-    """The parts of a chunk, or the chunk itself where it has none or none of them is kept; the first one gets the
-    counts of all that was decoded."""
-    heard = whole.parts if any(not part.left_out for part in whole.parts) else [whole]
-    decoded = [whole, *whole.parts]
-    heard[0].n_windows, heard[0].n_decoded = sum(c.n_windows for c in decoded), sum(c.n_decoded for c in decoded)
+    """The parts of a chunk, of which the first gets the chunk's counts too, or the chunk itself, with the counts of its
+    parts, where it has none or none of them is kept."""
+    if any(not part.left_out for part in whole.parts):
+        heard, others = whole.parts, [whole]
+    else:
+        heard, others = [whole], whole.parts
+    heard[0].n_windows += sum(chunk.n_windows for chunk in others)
+    heard[0].n_decoded += sum(chunk.n_decoded for chunk in others)
     return heard
 
 
@@ -900,17 +914,20 @@ def deliver(recording: Recording, outputs: list[str], stdout_format: str, langua
     """Write a recording's output files, or to stdout where it has none; what fails becomes its error."""
     if not outputs:
         common.write_stdout(render(recording, stdout_format, language))
+    errors = []
     for output in outputs:
         try:
             write_whole(output, render(recording, output.rpartition(".")[2], language))
         except OSError as error:
-            recording.error = f"cannot write {output}: {error.strerror}"
+            errors.append(f"cannot write {output}: {error.strerror}")
+    recording.error = "; ".join(errors) or None
 
 
 def write_whole(path: str, content: str) -> None:
     """Write a UTF-8 file so that it is there whole or not at all, however the program ends. Raises OSError."""
     path = os.path.realpath(path)  # a link stays one
-    if os.path.exists(path) and not os.stat(path).st_mode & 0o200:  # its owner may not write it; os.replace may
+    # os.replace would replace it all the same, and root may write whatever its owner may not.
+    if os.path.exists(path) and not (os.access(path, os.W_OK) and os.stat(path).st_mode & 0o200):
         raise OSError(None, "it is write-protected, and stays as it is")
     for folder in reversed(pathlib.Path(path).parents):  # os.makedirs fails at a depth of a thousand folders
         folder.mkdir(exist_ok=True)

@@ -129,6 +129,31 @@ def test_a_text_that_reaches_the_token_limit_is_decoded_again_in_two_parts(tmp_p
     assert [(s.text, s.token_limit) for s in recording.chunks] == [("こんにちは", False)]
 
 
+@pytest.mark.parametrize("prompt, prob, text", [
+    ("こんにちは、さようなら。", 0.4, ""), ("こんにちは、さようなら。", 0.2, "こんにちは"),
+    ("さようなら。", 0.4, "こんにちは"),
+])  # fmt: skip
+def test_a_prompt_that_is_echoed_where_nobody_may_speak_is_left_out(tmp_path, infer, monkeypatch, prompt, prob, text):
+    generate, load_model = common.generate, common.load_model
+    monkeypatch.setattr(common, "generate", lambda *arguments: generate(*arguments)._replace(no_speech_probs=[prob]))
+    monkeypatch.setattr(common, "load_model", lambda *arguments: load_model(*arguments[:5]))  # it does not know prompts
+    status, out, _ = infer("--audio", write(tmp_path / "a.wav", synthesize("こんにちは")), "--prompt", prompt)
+    assert (status, out.strip()) == (0, text)
+
+
+def test_a_recording_of_a_tenth_of_a_second_is_not_cut(tmp_path, transcribe):
+    waveform = np.random.default_rng(0).normal(0, 0.1, 16_000)
+    for n in (1, 10, 500, 2_400, 3_800):
+        [recording] = transcribe(write(tmp_path / "a.wav", waveform[:n]), max_new_tokens=1, no_speech_threshold=1)
+        assert recording.error is None and len(recording.chunks) == 1
+
+
+def test_silence_keeps_no_sound(tmp_path, recognizer):
+    path = write(tmp_path / "a.wav", np.zeros(40 * 16_000))
+    chunks = inference.read_recordings([path], recognizer, options_of())
+    assert [chunk.waveform for chunk in chunks] == [None] * 3
+
+
 def test_a_chunk_stays_whole_where_none_of_its_parts_is_kept():
     chunks = [inference.Chunk(0, 9, None, None, n_windows=1, n_decoded=n, left_out=False) for n in (5, 3, 2)]
     whole, *whole.parts = chunks

@@ -119,7 +119,7 @@ def make_special(folder: Path) -> dict[str, str]:
         os.chdir(folder)  # the name of a socket must be short
         server.bind("socket.wav")
         os.chdir(before)
-    absent, special = "no such file", "not a regular file"
+    absent, special = "no such file|a file that is not there", "not a regular file"
     expected = {"dangling": absent, "loop-a": absent, "loop-b": absent, "pipe": special, "null": special,
                 "zero": special, "socket": special}  # fmt: skip
     return {str(folder / f"{name}.wav"): words for name, words in expected.items()}
