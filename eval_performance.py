@@ -62,7 +62,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="How many runs come before those that count; the first is the cold one. (default: %(default)s)")
     add("--runs", type=count, default=10, metavar="N", help="How many runs count. (default: %(default)s)")
     add("--json", action="store_true", help="Print everything that was measured as JSON, in place of the table.")
-    parser.set_defaults(no_speech_threshold=inference.NO_SPEECH_THRESHOLD)
+    parser.set_defaults(no_speech_threshold=inference.NO_SPEECH_THRESHOLD, prompt="")  # as inference.py does by default
     return parser.parse_args(argv)
 
 
