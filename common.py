@@ -356,8 +356,9 @@ def prompt_tokens(tokenizer, text: str) -> list[int]:
     if not text.strip():
         return []
     try:
+        text.encode()
         ids = tokenizer.get_prompt_ids(text).tolist()
-    except (ValueError, TypeError) as error:  # a special token, or bytes that are not UTF-8
+    except ValueError as error:  # a special token, or bytes that are not UTF-8
         raise SetupError(f"--prompt must be plain text: {first_line(error)}") from error
     if (n_tokens := len(ids) - 1) > MAX_PROMPT_TOKENS:
         limit = f"more than the {MAX_PROMPT_TOKENS} that may come before a text"
