@@ -273,7 +273,7 @@ class Reference:
         """Teacher forcing: the decoder's logits for all tokens at once, without a cache."""
         model, inputs = self.recognizer.model, common.decoder_inputs(self.recognizer, [token_ids])
         hidden = model.model.decoder(input_ids=inputs, encoder_hidden_states=encoded, use_cache=False).last_hidden_state
-        return Computed(token_ids, encoded[0], model.proj_out(hidden[0, common.START_LENGTH - 1 :]))
+        return Computed(token_ids, encoded[0], model.proj_out(hidden[0, len(self.recognizer.initial_tokens) - 1 :]))
 
 
 def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, candidate, is_first: bool) -> None:

@@ -121,10 +121,11 @@ class Chunk(common.Chunk):
     token_ids: list[int] = field(default_factory=list)  # of the text, and the end of the text
     no_speech_prob: float | None = None  # None where it was not decoded
     compression_ratio: float = 0.0
-    left_out: bool = True  # not in the text: it is steady and was not decoded, or the model finds no speech in it
     token_limit: bool = False  # decoding ended at the token limit: text may be missing
     looping: bool = False  # the decoder repeated itself; the text keeps the first turn
+    # What recognize_batch finds out:
     avg_logprob: float | None = None  # mean log-probability of its tokens; None where it was not decoded
+    left_out: bool = True  # not in the text: it is steady and was not decoded, or is_left_out says so
     # What set_times finds out:
     token_starts: set[int] = field(default_factory=set)  # the characters of the text that a token begins with
     times: np.ndarray | None = None  # start and end of each character, from the recording's beginning, (n, 2) in s
@@ -354,15 +355,16 @@ def search_folder(top: str) -> tuple[list[str], list[Recording], list[str]]:
         folder = folders.pop()
         try:
             status = os.stat(folder)
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+            names = sorted(os.listdir(folder), reverse=True)
         except OSError as error:
             failed.append(Recording(folder, error=error.strerror))
             continue
         if (first := searched.setdefault((status.st_dev, status.st_ino), folder)) != folder:
             notes.append(f"{folder} is the same folder as {first}, which alone is searched")
             continue
-        for name, path, is_folder in ((e.name, e.path, e.is_dir(follow_symlinks=False)) for e in entries):
-            if is_folder or os.path.isdir(path):
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.isdir(path):
                 if re.fullmatch(HIDDEN, name, re.IGNORECASE):
                     hidden[name] += 1
                 else:
@@ -371,9 +373,9 @@ def search_folder(top: str) -> tuple[list[str], list[Recording], list[str]]:
                 paths.append(path)
             else:
                 files[".*" if name[0] == "." else os.path.splitext(name)[1].lower() or name] += 1
-    for what, names in (("files not looked at", files), ("folders not searched", hidden)):
-        if names:
-            notes.append(f"{top}: {what}: {names.total()} ({' '.join(name for name, _ in names.most_common(9))})")
+    for what, counts in (("files not looked at", files), ("folders not searched", hidden)):
+        if counts:
+            notes.append(f"{top}: {what}: {counts.total()} ({' '.join(name for name, _ in counts.most_common(9))})")
     if not paths and not failed:
         remedy = "name the files themselves, which are then read whatever their names"
         failed.append(Recording(top, error=f"no audio in this folder, going by the names: {remedy}"))
@@ -563,20 +565,21 @@ def recognize_batch(recognizer: common.Recognizer, batch: list[Chunk], args: arg
     """Set the texts and the times of chunks. Raises DeviceError."""
     decoded = common.generate(recognizer, [chunk.features for chunk in batch], args.max_new_tokens)
     for chunk, ids, no_speech_prob in zip(batch, decoded.token_ids, decoded.no_speech_probs, strict=True):
-        set_text(chunk, recognizer.tokenizer, ids, no_speech_prob, args.no_speech_threshold)
-        chunk.left_out |= is_echo(chunk, args.prompt) and args.no_speech_threshold < 1
+        set_text(chunk, recognizer.tokenizer, ids, no_speech_prob)
     recognizer.lap("text")
     with torch.inference_mode(), common.device_errors(recognizer.model.device):
         forced = force_texts(recognizer, decoded.encoded, [chunk.token_ids for chunk in batch])
         for chunk, (weights, logprobs) in zip(batch, forced, strict=True):
-            set_logprob(chunk, logprobs, args.no_speech_threshold)
+            # The end of a text that was cut off is not the model's own, and does not count.
+            chunk.avg_logprob = logprobs[: len(logprobs) - (chunk.looping or chunk.token_limit)].mean().item()
+            chunk.left_out = is_left_out(chunk, args)
             set_times(chunk, recognizer.tokenizer, weights)
     recognizer.lap("times")
     for chunk in batch:
         chunk.features = None
 
 
-def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float, no_speech_threshold: float) -> None:
+def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float) -> None:
     """Set the text of a chunk and its marks, from what was decoded."""
     eos = tokenizer.eos_token_id
     data = tokenizer.decode(ids, skip_special_tokens=True).strip().encode()
@@ -584,27 +587,20 @@ def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float, no_
     chunk.looping = chunk.compression_ratio > COMPRESSION_RATIO_LIMIT
     chunk.token_limit = ids[-1] != eos
     chunk.n_windows, chunk.n_decoded, chunk.no_speech_prob = 1, len(ids), no_speech_prob
-    chunk.left_out = no_speech_prob > no_speech_threshold
     ids = [i for i in ids if i != eos]
     chunk.token_ids = [*(without_loop(ids) if chunk.looping else ids), eos]
     chunk.text = re.sub(common.CONTROL, " ", tokenizer.decode(chunk.token_ids, skip_special_tokens=True)).strip()
 
 
-def is_echo(chunk: Chunk, prompt: str) -> bool:
-    """Whether a chunk's text is nothing but a piece of the prompt, and perhaps nobody has spoken."""
-    text, prompt = (re.sub(r"\W", "", text) for text in (chunk.text, prompt))
-    return text != "" and text in prompt and chunk.no_speech_prob > ECHO_NO_SPEECH_PROB
-
-
-def set_logprob(chunk: Chunk, logprobs: torch.Tensor, no_speech_threshold: float) -> None:
-    """Set the mean log-probability of a chunk's tokens; a part whose text is unlikely is left out.
-
-    The end of a text that was cut off is not the model's own, and does not count.
-    """
-    is_cut = chunk.looping or chunk.token_limit
-    chunk.avg_logprob = logprobs[: len(logprobs) - is_cut].mean().item()
-    if chunk.is_part and chunk.avg_logprob < LOGPROB_LIMIT and no_speech_threshold < 1:
-        chunk.left_out = True
+def is_left_out(chunk: Chunk, args: argparse.Namespace) -> bool:
+    """Whether a decoded chunk is left out: the model finds no speech in it, it is a part whose text is unlikely, or its
+    text is nothing but a piece of the prompt, and perhaps nobody has spoken."""
+    if args.no_speech_threshold == 1:  # which keeps all
+        return False
+    text, prompt = (re.sub(r"\W", "", text) for text in (chunk.text, args.prompt))
+    is_echo = text != "" and text in prompt and chunk.no_speech_prob > ECHO_NO_SPEECH_PROB
+    is_unlikely = chunk.is_part and chunk.avg_logprob < LOGPROB_LIMIT
+    return chunk.no_speech_prob > args.no_speech_threshold or is_unlikely or is_echo
 
 
 def without_loop(ids: list[int]) -> list[int]:

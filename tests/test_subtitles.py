@@ -91,7 +91,7 @@ def align(recognizer, waveform: np.ndarray, text: str) -> inference.Chunk:
 
 def align_tokens(recognizer, waveform: np.ndarray, ids: list[int]) -> inference.Chunk:
     chunk = chunk_to_decode(recognizer, waveform)
-    inference.set_text(chunk, recognizer.tokenizer, ids, 0.0, 1.0)
+    inference.set_text(chunk, recognizer.tokenizer, ids, 0.0)
     chunk.token_ids = ids  # also where they loop
     chunk.text = recognizer.tokenizer.decode(ids, skip_special_tokens=True)
     with torch.inference_mode():
