@@ -51,19 +51,6 @@ STRETCH_S = 8  # a channel on which nothing moves for so long is left out of the
 MAX_BLOCK = 1 << 22  # samples of all channels that are read at once
 SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
 FAR_QUIETER = 100  # a factor of power: 20 dB
-UNKNOWN_LENGTH = 1 << 62  # a length of this or more, in samples or bytes, means: not known
-LENGTHS = (  # where formats declare their length: pattern, byte order, bytes that are not counted
-    (rb"RIFF(.{4})(?:WAVE|AVI )", "little", 8),
-    (rb"RIFX(.{4})WAVE", "big", 8),
-    (rb"(?:RF64|BW64).{4}WAVEds64.{4}(.{8})", "little", 8),
-    (rb"riff.{12}(.{8})wave", "little", 0),  # W64
-    (rb"FORM(.{4})AIF", "big", 8),
-    (rb"\.snd(.{4})(.{4})", "big", 0),  # AU: of the header and of the samples
-)
-# With one of these begins each frame of S/PDIF (IEC 61937) and of DTS, in words of 14 or 16 bits and either byte order.
-SYNC_WORDS = (b"\x72\xf8\x1f\x4e", b"\xff\x1f\0\xe8", b"\x1f\xff\xe8\0", b"\xfe\x7f\1\x80", b"\x7f\xfe\x80\1")
-# In CAF and in AVI of more than 1 GB, a row of chunks that each have a length: pattern, byte order, bytes not counted.
-CAF_CHUNK, AVI_CHUNK = (rb"(?!data\0{8})[ -~]{4}(\0\0.{6})", "big", 12), (rb"RIFF(.{4})AVI[ X]", "little", 8)
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # characters that end a line or steer a terminal
 
 
@@ -511,41 +498,31 @@ def check_file(path: str) -> None:
 def read_channels(path: str, file, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
     """The samples of an open file, second by second: (sampling rate in Hz, (n_channels, n) float32), at least once.
 
-    libsndfile reads what it knows, and the ffmpeg program everything else and, where there is one, MP3 and Ogg, of
-    which libsndfile misses what follows the first recording in a file. Raises AudioError.
+    libsndfile reads WAV, AIFF and FLAC. The ffmpeg program reads everything else; without it, libsndfile reads what it
+    knows. Raises AudioError.
     """
-    head = os.pread(file.fileno(), 1 << 20, 0)
-    has_ffmpeg = shutil.which("ffmpeg") is not None
-    n_read, rate = 0, 1
-    problem = "it has no samples"  # unless something else is found
-    if is_bitstream(head):
-        problem = "in place of samples it has a bitstream such as DTS"  # which libsndfile would take for noise
-    elif not (has_ffmpeg and re.match(rb"ID3|\xff[\xe0-\xff]|OggS", head)):
+    head, has_ffmpeg = os.pread(file.fileno(), 12, 0), shutil.which("ffmpeg") is not None
+    n_read, problem = 0, "it has no samples"  # unless something else is found
+    if re.match(b"RIFF|FORM|fLaC", head) or not has_ffmpeg:
         try:
             with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
                 for rate, block in sound_blocks(sound):
                     n_read += block.shape[1]
                     yield rate, block
-                if sound.format == "OGG" and n_read < sound.frames < UNKNOWN_LENGTH:
-                    warn(f"damaged: {n_read / rate:.0f} of {sound.frames / rate:.0f} s can be read")
-                if n_read:
-                    warn_of_length(file, file.tell(), warn)
+                if n_read and sound.samplerate < sound.frames - n_read < 1 << 40:  # above, it is not known
+                    warn(cut_off(n_read / rate, sound.frames / rate))
         except soundfile.LibsndfileError as error:
             problem = error.error_string.rstrip(".")
             if n_read:
-                warn(f"damaged after {n_read / rate:.0f} s ({error.error_string}): what follows is lost")
+                warn(f"damaged after {n_read / rate:.0f} s ({problem}): what follows is lost")
     if n_read:
-        return
-    if not has_ffmpeg:
+        warn_of_bytes(file, head, file.tell(), warn)
+    elif has_ffmpeg:
+        yield from ffmpeg_blocks(path, head, warn)
+        warn_of_bytes(file, head, 0, warn)
+    else:
         remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
         raise AudioError(f"not audio that libsndfile reads ({problem}); {remedy}")
-    yield from ffmpeg_blocks(path, head, warn)
-    warn_of_length(file, declared_end(file) or os.fstat(file.fileno()).st_size, warn)
-
-
-def is_bitstream(head: bytes) -> bool:
-    """Whether a WAV's first bytes have, in place of samples, a bitstream such as DTS, which would sound like noise."""
-    return bool(re.match(rb"(RIFF|RF64|BW64)....WAVE", head, re.DOTALL)) and max(map(head.count, SYNC_WORDS)) > 2
 
 
 def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]:
@@ -582,16 +559,16 @@ def ffmpeg_blocks(path: str, head: bytes, warn: Callable[[str], None]) -> Iterat
                 yield rate, block
         messages.seek(0)
         log = messages.read().decode(errors="replace").strip()
-    # What the codecs of pictures say is no loss of sound, nor what the output says to which MPEG's pictures go.
-    pictures = "|".join(["null", *re.findall(r"\[info\] +Stream #.* Video: (\w+)", log)])
-    errors = re.findall(rf"^(?!\[(?:{pictures}) @)(.*)\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
+    # What is said of the tags of MP3 and by the codecs of pictures is no loss of sound.
+    others = "|".join(["mp3", *re.findall(r"\[info\] +Stream #.* Video: (\w+)", log)])
+    errors = re.findall(rf"^(?!\[(?:{others}) @)(.*)\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
     said = "".join(errors[0]) if errors else log.rpartition("\n")[2]
-    if is_bitstream(head) and re.search(r"Stream #.* Audio: pcm_", log.partition("Output #")[0]):
-        raise AudioError("in place of samples it has a bitstream that ffmpeg does not know: save it in its own format")
     if n_read == 0:
         raise AudioError(f"no sound in it that ffmpeg can read ({said or 'it does not say why'})")
     if process.returncode != 0:
         warn(f"ffmpeg broke off after {n_read / rate:.0f} s: {said}")
+    elif (declared_s := declared_duration(log)) - n_read / rate > 1:
+        warn(cut_off(n_read / rate, declared_s))
     elif errors:
         warn(f"ffmpeg says: {said}")
 
@@ -601,67 +578,46 @@ def ffmpeg_command(path: str, head: bytes) -> list[str]:
     # async=1 fills gaps of the clock with silence, but drops sound where the clock stands or steps back: so each frame
     # begins when the clock says or, if that is later, at the end of the frame before, which is kept in variable 0.
     filters = "asetpts='st(1,max(PTS,ld(0)));st(0,ld(1)+S/SR/TB);ld(1)',aresample=async=1"
-    if re.match(rb"ID3|\xff[\xe0-\xff]|\x0b\x77", head):  # MP3, AAC and AC-3 have no clock
-        filters = "anull"
-    # first_pts=0 keeps the silence before a sound that begins later than the picture, in MP4, Matroska, FLV, WMV and
-    # MPEG; in broadcast streams it would repeat sound where the format changes.
-    late = rb"....(ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|FLV|0&\xb2u|\0\0\x01\xba"
-    if re.match(late, head, re.DOTALL) and not path.lower().endswith(".wma"):  # in which there is no picture
+    # In MP4 and Matroska this keeps the silence before a sound that begins later than the picture; in broadcast streams
+    # it would repeat sound where the format changes.
+    if re.match(rb"....ftyp|\x1aE\xdf\xa3", head, re.DOTALL):
         filters += ":first_pts=0"
     # file: keeps a name like concat:x from being taken for a protocol. A jump of a transport stream's clock by up to
     # 60 s, not 10, is a gap; a longer one means a new clock.
     command = ["ffmpeg", "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-dts_delta_threshold", "60"]
-    if re.match(rb"RF64|BW64", head):
-        command += ["-ignore_length", "1"]  # libsndfile cannot read it: its recorder did not write the length
-    if re.match(rb"ID3.{7}", head, re.DOTALL):  # of tags ffmpeg says what is no loss of sound
-        command += ["-skip_initial_bytes", str(10 + sum(head[9 - i] << 7 * i for i in range(4)))]
     command += ["-i", f"file:{path}", "-vn", "-af", filters, "-c:a", "pcm_f32be"]
-    command += ["-f", "au", "-flush_packets", "0", "pipe:1"]  # not each packet alone, which takes a tenth more time
-    if head[:4] == b"\0\0\1\xba":  # the clock of MPEG begins with the streams that are used: so the picture is used too
-        command += ["-map", "0:V:0?", "-map", "0:a:0", "-c", "copy", "-f", "null", "-"]
-    return command
+    return [*command, "-f", "au", "-flush_packets", "0", "pipe:1"]  # to flush each packet takes a tenth more time
 
 
-def warn_of_length(file, end: int, warn: Callable[[str], None]) -> None:
-    """Say how many bytes lie behind the end of a recording, which may be another one, or are missing.
+def declared_duration(log: str) -> float:
+    """The seconds that a recording's header declares, by what ffmpeg says of it; 0 where it has only guessed them."""
+    match = re.search(r"Input #0, (?!mpeg)[\s\S]*? Duration: (\d+):(\d+):([\d.]+)", log)
+    if match is None or "Estimating duration" in log:
+        return 0.0
+    hours, minutes, seconds = map(float, match.groups())
+    return 3600 * hours + 60 * minutes + seconds
 
-    end is where reading stopped, in bytes. What the header declares behind that is the recording's own: pictures, say.
-    Less than the limits may be a tag, or what a recorder miscounts.
+
+def cut_off(read_s: float, declared_s: float) -> str:
+    """The warning where a recording has fewer seconds than it declares."""
+    return f"cut off or damaged: its sound has {read_s:.0f} of the {declared_s:.0f} s that it declares"
+
+
+def warn_of_bytes(file, head: bytes, read_to: int, warn: Callable[[str], None]) -> None:
+    """Say how many bytes of a file lie behind the recording, which may be another one, or are missing at its end.
+
+    read_to is the byte where libsndfile stopped, 0 where ffmpeg has read. What a WAV or AIFF declares behind that is
+    the recording's own: pictures, say. Less than the limits may be a tag, or what a recorder miscounts.
     """
-    size, declared = os.fstat(file.fileno()).st_size, declared_end(file)
-    end = max(end, declared) if has_chunks_to(file, declared) else end
-    if size - end > 1 << 16:
-        warn(f"{size - end} bytes behind the end that its header declares were not read")
+    size, declared = os.fstat(file.fileno()).st_size, 0
+    if re.match(b"RIFF....WAVE|FORM....AIF", head, re.DOTALL):
+        length = int.from_bytes(head[4:8], "little" if head[:1] == b"R" else "big")
+        # Before they know it, recorders write 0, the header's length, or a little less than the largest number.
+        declared = 8 + length if length > 36 and length % (1 << 31) < (1 << 31) - (1 << 12) else 0
     if declared - size > 1 << 12:
         warn(f"{declared - size} bytes that its header declares are missing at the end")
-
-
-def has_chunks_to(file, end: int) -> bool:
-    """Whether a WAV or AIFF has chunk after chunk up to end, not samples that none declares; True for other formats."""
-    head, place = os.pread(file.fileno(), 4, 0), 12
-    while head in (b"RIFF", b"RIFX", b"FORM") and len(chunk := os.pread(file.fileno(), 8, place)) == 8 and place < end:
-        if not re.match(rb"[ -~]{4}", chunk):
-            return False
-        size = int.from_bytes(chunk[4:], "little" if head == b"RIFF" else "big")
-        place += 8 + size + size % 2
-    return True
-
-
-def declared_end(file) -> int:
-    """The bytes that a recording has by its header; 0 where that does not say it, or has a recorder's placeholder."""
-    head = os.pread(file.fileno(), 48, 0)
-    end = 8 if head[:4] == b"caff" else 0
-    for pattern, byteorder, n_more in LENGTHS:
-        if match := re.match(pattern, head, re.DOTALL):
-            *others, length = (int.from_bytes(group, byteorder) for group in match.groups())
-            # Before they know it, recorders write 0, the header's length, or a little less than the largest number.
-            half = 1 << 8 * len(match[1]) - 1
-            is_known = length > 36 and length % half < half - (1 << 12)
-            end = sum(others) + length + n_more if is_known else 0
-    pattern, byteorder, n_more = CAF_CHUNK if head[:4] == b"caff" else AVI_CHUNK
-    while end and (match := re.match(pattern, os.pread(file.fileno(), 12, end), re.DOTALL)):
-        end += int.from_bytes(match[1], byteorder) + n_more
-    return 0 if os.pread(file.fileno(), 4, end) == b"data" else end  # samples of unknown length, in CAF
+    if (end := max(read_to, declared)) and size - end > 1 << 16:
+        warn(f"{size - end} bytes behind the end that its header declares were not read")
 
 
 def mix_down(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
