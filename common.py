@@ -484,15 +484,10 @@ def check_file(path: str) -> None:
     if not os.path.isfile(path):
         if os.path.isdir(path):
             raise AudioError("a folder: name the files in it")
-        if path == "-" or "://" in path or os.path.exists(path):
-            raise AudioError("not a regular file: save the sound to one first, and name that")
-        if os.path.islink(path):
-            raise AudioError("a link to a file that is not there")
-        raise AudioError("no such file or folder")
+        is_other = path == "-" or "://" in path or os.path.exists(path)
+        raise AudioError("not a regular file: save the sound to one first" if is_other else "no such file or folder")
     if os.path.getsize(path) == 0:
         raise AudioError("empty (0 bytes)")
-    if not os.access(path, os.R_OK):
-        raise AudioError("no permission to read it")
 
 
 def read_channels(path: str, file, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
@@ -626,27 +621,23 @@ def mix_down(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np
     A channel of silence, hum, hiss or timecode is left out where somebody may speak on another one. A stretch in which
     nothing moves on any channel is mixed like the one before it.
     """
-    blocks, moving = iter(blocks), []
+    blocks, moving = iter(blocks), slice(None)
     while stretch := list(itertools.islice(blocks, STRETCH_S)):
-        rate, channels = stretch[0][0], list(zip(*(block for _, block in stretch), strict=True))
-        moving = moving or list(range(len(channels)))
-        if len(channels) > 1 and sum(map(len, channels[0])) >= rate:  # less than a second is too short to tell
+        rate, channels = stretch[0][0], np.concatenate([block for _, block in stretch], axis=1)
+        if len(channels) > 1 and channels.shape[1] >= rate:  # less than a second is too short to tell
             step = max(1, rate // SAMPLING_RATE)  # fewer samples have the same level
-            samples = [np.concatenate([part[::step] for part in channel]) for channel in channels]
-            moving = [i for i, part in enumerate(samples) if not is_steady(part, rate // step)] or moving
-        yield rate, np.concatenate([mix_block([block[i] for i in moving]) for _, block in stretch])
+            found = [i for i, samples in enumerate(channels) if not is_steady(samples[::step], rate // step)]
+            moving = found or moving
+        yield rate, mix(channels[moving])
 
 
-def mix_block(channels: list[np.ndarray]) -> np.ndarray:
-    """The mean of channels, (n,) float32.
-
-    Where the mean is far quieter than the loudest channel, because channels cancel out or most are silent, that channel
-    is returned.
-    """
-    mix = sum(channels[1:], channels[0]) / len(channels)
-    slopes = [np.diff(waveform) for waveform in (mix, *channels)]  # these weigh speech more than a low hum
-    mix_power, *powers = [np.dot(slope, slope) for slope in slopes]
-    return mix if mix_power >= max(powers) / FAR_QUIETER else channels[np.argmax(powers)]
+def mix(channels: np.ndarray) -> np.ndarray:
+    """The mean of channels, (n_channels, n) to (n,), or the loudest one where they cancel out: where the mean is far
+    quieter."""
+    mean = channels.mean(0)
+    slopes = map(np.diff, (mean, *channels))  # these weigh speech more than a low hum
+    mean_power, *powers = [np.dot(slope, slope) for slope in slopes]
+    return mean if mean_power >= max(powers) / FAR_QUIETER else channels[np.argmax(powers)]
 
 
 def is_steady(waveform: np.ndarray, rate: int) -> bool:

@@ -130,7 +130,7 @@ def test_files_without_audio_say_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")  # no ffmpeg; hostile.py has more of them
     assert "it has no samples" in error_of(write(tmp_path / "header.wav", np.zeros(0)))
     for path in ("-", "https://example.com/a.wav"):
-        assert error_of(path) == "not a regular file: save the sound to one first, and name that"
+        assert error_of(path) == "not a regular file: save the sound to one first"
     (tmp_path / "a.m4a").write_bytes(bytes(1000))
     assert error_of(tmp_path / "a.m4a").endswith("; for m4a, mp4, webm and others put the ffmpeg program on the PATH")
 

@@ -64,7 +64,7 @@ def test_no_permission():
         code += f"print(inference.main(sys.argv[2:]), inference.main([*sys.argv[2:], '-o', '{folder}/out']))"
         result = run("-c", code, "--", "--device", "cpu", "--model", model, "--audio", audio)
     assert result.stdout.splitlines()[-2:] == [f"{good}\tさ", "1 2"]
-    assert "3 recordings, 2 failed, " in result.stderr and f"error: {secret}: no permission to read it" in result.stderr
+    assert "3 recordings, 2 failed, " in result.stderr and f"error: {secret}: Permission denied" in result.stderr
     assert f"error: {audio}/closed: Permission denied" in result.stderr
     assert f"error: --output-dir {folder}/out: no permission to write in this folder" in result.stderr
 
