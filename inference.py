@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import re
 import secrets
 import sys
@@ -38,20 +37,12 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-AUDIO_EXTENSIONS = (  # of what libsndfile or ffmpeg reads without being told its sampling rate
-    ".3g2", ".3ga", ".3gp", ".3gp2", ".3gpp", ".3gpp2", ".722", ".8svx", ".aa3", ".aac", ".ac3", ".adts", ".adx",
-    ".aif", ".aifc", ".aiff", ".amr", ".ape", ".asf", ".au", ".avi", ".avr", ".awb", ".bwf", ".caf", ".caff", ".dff",
-    ".divx", ".dsf", ".dss", ".dts", ".dtshd", ".dv", ".eac3", ".ec3", ".f4v", ".flac", ".flv", ".g722", ".g723_1",
-    ".g729", ".gsm", ".ircam", ".isma", ".ismv", ".latm", ".loas", ".m1a", ".m2a", ".m2p", ".m2t", ".m2ts", ".m4a",
-    ".m4b", ".m4r", ".m4v", ".mk3d", ".mka", ".mkv", ".mlp", ".mov", ".mp2", ".mp3", ".mp4", ".mpa", ".mpc", ".mpeg",
-    ".mpg", ".mpga", ".msbc", ".mts", ".mxf", ".nist", ".nut", ".oga", ".ogg", ".ogm", ".ogv", ".ogx", ".oma", ".omg",
-    ".opus", ".paf", ".pvf", ".qcp", ".qt", ".ra", ".rf64", ".rm", ".rmvb", ".sbc", ".sds", ".shn", ".sln", ".snd",
-    ".sph", ".spx", ".svx", ".tak", ".thd", ".trp", ".ts", ".tta", ".vob", ".voc", ".vqf", ".w64", ".wav", ".wave",
-    ".weba", ".webm", ".wma", ".wmv", ".wtv", ".wv", ".wve", ".xwma",
+AUDIO_EXTENSIONS = (  # what phones, recorders, meetings, television and corpora have; other files are to be named
+    ".3g2", ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".asf", ".au", ".avi", ".awb", ".caf", ".dss",
+    ".flac", ".flv", ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpeg", ".mpg",
+    ".mts", ".oga", ".ogg", ".opus", ".sph", ".ts", ".vob", ".w64", ".wav", ".webm", ".wma", ".wmv",
 )  # fmt: skip
-# Folders for what programs keep and for what was thrown away, on Linux, macOS, Windows and network drives
-HIDDEN = r"(?s:[.$].*)|[#@]recycle|recycle[dr]|recycle[. ]bin|network trash folder|files_trashbin|[#~]snapshot|" \
-    r"@recently-snapshot|@eaDir|lost[+]found|System Volume Information"
+HIDDEN = r"[.$@].*|#recycle|lost[+]found"  # folders of programs and of what was thrown away
 FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
@@ -350,30 +341,25 @@ def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Recording], l
 def search_folder(top: str) -> tuple[list[str], list[Recording], list[str]]:
     """The audio files in a folder and in all below it, also through links; an error where there are none or a folder
     cannot be read; and lines that say what is passed over, such as HIDDEN folders."""
-    paths, failed, notes, files, hidden, searched, folders = [], [], [], Counter(), Counter(), {}, [top]
-    while folders:  # before Python 3.12, os.walk fails at a depth of a thousand folders
-        folder = folders.pop()
-        try:
-            status = os.stat(folder)
-            names = sorted(os.listdir(folder), reverse=True)
-        except OSError as error:
-            failed.append(Recording(folder, error=error.strerror))
-            continue
-        if (first := searched.setdefault((status.st_dev, status.st_ino), folder)) != folder:
+    paths, failed, notes, not_looked_at, not_searched, searched = [], [], [], Counter(), Counter(), {}
+
+    def fail(error: OSError) -> None:
+        """Keep what os.walk cannot read."""
+        failed.append(Recording(error.filename, error=error.strerror))
+
+    for folder, folders, files in os.walk(top, onerror=fail, followlinks=True):
+        if (first := searched.setdefault(os.path.realpath(folder), folder)) != folder:
             notes.append(f"{folder} is the same folder as {first}, which alone is searched")
+            folders.clear()  # so that os.walk goes no further
             continue
-        for name in names:
-            path = os.path.join(folder, name)
-            if os.path.isdir(path):
-                if re.fullmatch(HIDDEN, name, re.IGNORECASE):
-                    hidden[name] += 1
-                else:
-                    folders.append(path)
-            elif name[0] != "." and name.lower().endswith(AUDIO_EXTENSIONS):
-                paths.append(path)
-            else:
-                files[".*" if name[0] == "." else os.path.splitext(name)[1].lower() or name] += 1
-    for what, counts in (("files not looked at", files), ("folders not searched", hidden)):
+        hidden = {name for name in folders if re.fullmatch(HIDDEN, name, re.IGNORECASE)}
+        folders[:] = sorted(set(folders) - hidden)
+        audio = {name for name in files if name[0] != "." and name.lower().endswith(AUDIO_EXTENSIONS)}
+        paths += [os.path.join(folder, name) for name in audio]
+        not_searched.update(hidden)
+        for name in set(files) - audio:
+            not_looked_at[".*" if name[0] == "." else os.path.splitext(name)[1].lower() or name] += 1
+    for what, counts in (("files not looked at", not_looked_at), ("folders not searched", not_searched)):
         if counts:
             notes.append(f"{top}: {what}: {counts.total()} ({' '.join(name for name, _ in counts.most_common(9))})")
     if not paths and not failed:
@@ -398,20 +384,13 @@ def output_names(inputs: dict[str, str]) -> dict[str, str]:
 def plan_outputs(inputs: dict[str, str], args: argparse.Namespace, several: bool) -> dict[str, list[str]]:
     """The paths of each input's output files, none where the text goes to stdout. Makes the folder that they are for.
 
-    Raises SetupError where it cannot, or where an output is one of the inputs.
+    Raises OSError where it cannot, and SetupError where an output is one of the inputs.
     """
     if args.output_dir is None:
         if args.output_format == "all" or (several and args.output_format not in ("txt", "json")):
             raise common.SetupError(f"--output-format {args.output_format} needs --output-dir")
         return {path: [] for path in inputs}
-    extension = os.path.splitext(args.output_dir)[1].lower()
-    if extension[1:] in FORMATS and not os.path.isdir(args.output_dir):
-        remedy = f"write -o {os.path.dirname(args.output_dir) or '.'} -f {extension[1:]}; the recording gives the name"
-        raise common.SetupError(f"--output-dir {args.output_dir}: this is to be a folder, not a file: {remedy}")
-    try:
-        os.makedirs(args.output_dir, exist_ok=True)
-    except OSError as error:
-        raise common.SetupError(f"--output-dir {args.output_dir}: {error.strerror}") from error
+    os.makedirs(args.output_dir, exist_ok=True)
     if not os.access(args.output_dir, os.W_OK | os.X_OK):
         raise common.SetupError(f"--output-dir {args.output_dir}: no permission to write in this folder")
     extensions = FORMATS if args.output_format == "all" else [args.output_format]
@@ -922,11 +901,9 @@ def deliver(recording: Recording, outputs: list[str], stdout_format: str, langua
 def write_whole(path: str, content: str) -> None:
     """Write a UTF-8 file so that it is there whole or not at all, however the program ends. Raises OSError."""
     path = os.path.realpath(path)  # a link stays one
-    # os.replace would replace it all the same, and root may write whatever its owner may not.
-    if os.path.exists(path) and not (os.access(path, os.W_OK) and os.stat(path).st_mode & 0o200):
+    if os.path.exists(path) and not os.stat(path).st_mode & 0o200:  # os.replace would not ask, nor does root
         raise OSError(None, "it is write-protected, and stays as it is")
-    for folder in reversed(pathlib.Path(path).parents):  # os.makedirs fails at a depth of a thousand folders
-        folder.mkdir(exist_ok=True)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(16)}.part")  # no other process has this one
     try:
         with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
