@@ -33,7 +33,6 @@ from datetime import timedelta
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # Python leaves that out with -P and -I
 import common  # before torch: it sets how that is imported
 import numpy as np
-import soundfile
 import torch
 from tqdm import tqdm
 
@@ -70,7 +69,6 @@ JOINED = ("Mn", "Mc", "Me", "Cf", "Sk")  # Unicode categories of what changes th
 SPACED = r"[!-\u0dff\u10a0-\u1cff\u1e00-\u2fff\uac00-\ud7a3]"  # of scripts that put spaces between words
 PHRASE_END = "(?![おごりしきけち])[ぁ-ん][^ぁ-ん]|を."  # hiragana before another script, but not in お|客 or 売り|上げ
 COMPOUND = r"[\u3400-\u9fff々]{2}|[ァ-ヴー]{2}"  # two kanji or two katakana
-LOG_EVERY_S = 60  # seconds between lines on progress where stderr is no terminal
 START_TIMEOUT = timedelta(minutes=1)  # in which the processes of torchrun, which starts them together, find each other
 END_TIMEOUT = timedelta(days=30)  # in which all of them have ended
 
@@ -229,16 +227,17 @@ def transcribe_files(
     dtype = common.select_dtype(args.dtype, device)
     recognizer = common.load_model(args.model, device, dtype, args.language, args.task, args.prompt)
     loaded_s, failure, n_left = time.perf_counter(), None, len(paths)
-    progress = Progress(paths)
+    off = torch.distributed.is_initialized() or None  # None: where stderr is no terminal
+    bar = tqdm(disable=off, unit=" s", bar_format="{n:.0f} s of audio [{elapsed}, {rate_noinv_fmt}]")
     as_heard = args.output_dir is None and stdout_format == "txt"  # then there is one recording
 
     def on_chunk(chunk: Chunk) -> None:
         """Show the progress, and the text where it need not wait for the end of its recording."""
-        progress.add(chunk)
+        bar.update(chunk.end - chunk.start)
         if as_heard:
             common.write_stdout(plain_text(chunk))
 
-    with progress.bar:
+    with bar:
         try:
             for recording in transcribe(recognizer, paths, args, on_chunk):
                 if recording.error is None and not as_heard:
@@ -251,32 +250,6 @@ def transcribe_files(
     if failure:
         remedy = "a run with --output-dir and --skip-existing goes on with them and with those that failed"
         raise common.SetupError(f"{failure}; recordings not reached: {n_left} ({remedy})")
-
-
-class Progress:
-    """Shows how far a run is: a bar in seconds of audio on a terminal, else a line every LOG_EVERY_S."""
-
-    def __init__(self, paths: list[str]):
-        """Begin at zero; the bar has a total where one recording is all and libsndfile knows its length."""
-        total = None
-        if len(paths) == 1 and sys.stderr is not None and sys.stderr.isatty():
-            with contextlib.suppress(soundfile.SoundFileError, OSError), open(paths[0], "rb") as file:
-                total = soundfile.info(file).duration
-        done = "{n:.0f} s of audio" if total is None else "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s of audio"
-        off = torch.distributed.is_initialized() or None  # None: where stderr is no terminal
-        self.bar = tqdm(total=total, disable=off, unit=" s", bar_format=done + " [{elapsed}, {rate_noinv_fmt}]")
-        self.n_recordings, self.n_done, self.done_s = len(paths), 0, 0.0
-        self.started_s = self.said_s = time.perf_counter()
-
-    def add(self, chunk: Chunk) -> None:
-        """Count a chunk as done, and its recording where it is the last one."""
-        self.done_s += chunk.end - chunk.start
-        self.bar.update(chunk.end - chunk.start)
-        if self.bar.disable and (now_s := time.perf_counter()) - self.said_s >= LOG_EVERY_S:
-            self.said_s = now_s
-            common.notice(f"{self.done_s:.0f} s of audio done, {self.n_done} of {self.n_recordings} recordings, "
-                          f"{self.done_s / (now_s - self.started_s):.3g} times real time")  # fmt: skip
-        self.n_done += chunk.is_last
 
 
 def count(recording: Recording, totals: Counter) -> None:
