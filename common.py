@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,11 +28,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else the C++ of torch w
 # Waiting threads of OpenMP then go to sleep soon. By default they spin, which makes everything ten times slower where
 # another job uses one of the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-# Ctrl-C during the next import, which takes seconds, then ends the program without a traceback.
-on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
-import torch  # noqa: E402
-
-signal.signal(signal.SIGINT, on_interrupt)
+import torch
 
 MODEL = "kotoba-tech/kotoba-whisper-v2.0"
 SAMPLING_RATE, WINDOW_S = 16_000, 30  # of every Whisper, Hz and s
@@ -133,17 +128,13 @@ def notice(message: str) -> None:
 
 
 def write_stdout(text: str) -> None:
-    """Write results. Raises BrokenPipeError where the reader has gone, as head does, and SetupError."""
-    if sys.stdout is None:
-        raise SetupError("cannot write to stdout: it is closed")
+    """Write results. Raises OSError where stdout takes nothing; that is BrokenPipeError where the reader has gone."""
     try:
         tqdm.write(text, end="")
         sys.stdout.flush()
-    except OSError as error:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at exit
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise SetupError(f"cannot write to stdout: {error.strerror}") from error
+        raise
 
 
 def run_script(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -278,22 +269,21 @@ def device_errors(device: torch.device) -> Iterator[None]:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """The versions, the device and the settings that a measurement depends on."""
+    """The versions and the device that a measurement depends on."""
     import transformers
 
-    name, report = platform.machine(), {"torch_npu": None, "cann": None}
+    name, torch_npu, cann = platform.machine(), None, None
     if device.type != "cpu":
         name = torch.get_device_module(device).get_device_name(device.index)
     elif os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
     if device.type == "npu":
-        report["torch_npu"] = sys.modules["torch_npu"].__version__
-        report["allow_hf32"] = {"matmul": torch.npu.matmul.allow_hf32, "conv": torch.npu.conv.allow_hf32}
+        torch_npu = sys.modules["torch_npu"].__version__
         with contextlib.suppress(AttributeError):
-            report["cann"] = torch.npu.utils.get_cann_version()
-    return report | {
-        "device": str(device), "device_name": name, "python": platform.python_version(), "torch": torch.__version__,
+            cann = torch.npu.utils.get_cann_version()
+    return {
+        "device": str(device), "device_name": name, "torch": torch.__version__, "torch_npu": torch_npu, "cann": cann,
         "transformers": transformers.__version__, "threads": torch.get_num_threads(),
         "cpus": len(os.sched_getaffinity(0)),
     }  # fmt: skip
@@ -359,11 +349,9 @@ def start_sequence(generation, tokenizer, language: str, task: str) -> list[int]
     Raises SetupError where the model does not know the language, and ValueError where its tokenizer is another model's.
     """
     languages = getattr(generation, "lang_to_id", None) or {}
-    if not languages and getattr(generation, "is_multilingual", True):
-        raise SetupError("the model's generation_config.json is an old one, without the ids of its languages: put that "
-                         "of the openai/whisper model from which it was trained in its place")  # fmt: skip
     if f"<|{language}|>" not in languages:
-        known = " ".join(sorted(token.strip("<|>") for token in languages)) or "none (it is not multilingual)"
+        known = " ".join(sorted(token.strip("<|>") for token in languages)) or "none: it is English only, or its " \
+            "generation_config.json is old, and that of its openai/whisper model must take its place"
         raise SetupError(f"--language {language}: not a language of this model, which knows {known}")
     ids = [generation.decoder_start_token_id, languages[f"<|{language}|>"], generation.task_to_id[task],
            generation.no_timestamps_token_id]  # fmt: skip
@@ -377,7 +365,6 @@ def load_weights(folder: str, dtype: torch.dtype, attention: str) -> torch.nn.Mo
     """The model of a folder, from safetensors and without remote code. Raises ValueError where weights are missing."""
     import transformers
 
-    transformers.logging.disable_progress_bar()  # that of weights in several files, which a log would keep
     transformers.AttentionInterface.register("cpu_attention", cpu_attention)
     transformers.AttentionMaskInterface.register("cpu_attention", transformers.masking_utils.sdpa_mask)
     model, report = transformers.WhisperForConditionalGeneration.from_pretrained(
@@ -415,11 +402,9 @@ def load_model(
         initial_tokens = prompt_tokens(tokenizer, prompt) + start_sequence(generation, tokenizer, language, task)
         model = load_weights(folder, dtype, "cpu_attention" if needs_cpu_attention(device, dtype) else "sdpa")
         config = model.config
-        found = extractor.feature_size, extractor.n_samples, extractor.nb_max_frames, config.max_target_positions
-        needed = config.num_mel_bins, WINDOW_S * SAMPLING_RATE, 2 * config.max_source_positions, N_POSITIONS
-        if found != needed:
-            names = "mel bins, samples and frames of a window, positions of the decoder"
-            raise ValueError(f"its config.json and preprocessor_config.json do not fit: {names}: {found}, not {needed}")
+        shape = extract_features(extractor, np.zeros(1, np.float32)).shape[1:]
+        if shape != (needed := (config.num_mel_bins, 2 * config.max_source_positions)):
+            raise ValueError(f"its preprocessor_config.json gives {tuple(shape)} mel bins and frames, not {needed}")
         # Two logits processors of transformers do the same, but make an NPU sort the vocabulary at every token.
         token_mask = torch.zeros(2, config.vocab_size)
         token_mask[:, generation.suppress_tokens or []] = -math.inf

@@ -293,25 +293,9 @@ def test_an_adapter_that_would_not_be_applied_is_refused(tmp_path, name):
         load(folder)
 
 
-@pytest.mark.parametrize("is_multilingual, words", [
-    (None, "is an old one, without the ids of its languages: put that of the openai/whisper model"),
-    (False, r"which knows none \(it is not multilingual\)"),
-])  # fmt: skip
-def test_a_model_whose_settings_list_no_languages(tmp_path, is_multilingual, words):
-    change = changed(GENERATION, lang_to_id=None, task_to_id=None, is_multilingual=is_multilingual)
-    with pytest.raises(common.SetupError, match=words):
-        load(variant(tmp_path / "model", change))
-
-
-def test_weights_in_several_files_draw_no_progress_bar(tmp_path):
-    def shard(folder: Path) -> None:
-        (folder / "model.safetensors").unlink()
-        load(MODEL).model.save_pretrained(folder, max_shard_size="1MB")
-
-    model, path = variant(tmp_path / "model", shard), write(tmp_path / "a.wav", synthesize("さ"))
-    assert len([*(tmp_path / "model").glob("model-*.safetensors")]) > 1
-    result = run("inference.py", "--audio", path, "--model", model, "--device", "cpu")
-    assert (result.returncode, result.stdout) == (0, "さ\n") and result.stderr.startswith("inference.py: 1 recording, ")
+def test_a_model_whose_settings_list_no_languages(tmp_path):
+    with pytest.raises(common.SetupError, match="which knows none: it is English only, or its"):
+        load(variant(tmp_path / "model", changed(GENERATION, lang_to_id=None, task_to_id=None)))
 
 
 def multiplied(name: str, factor: float) -> Callable[[Path], None]:
