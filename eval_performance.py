@@ -124,21 +124,21 @@ class Stopwatch:
         self.last_s = now_s
 
 
-def run_once(recognizer: common.Recognizer, paths: list[str], args: argparse.Namespace) -> list[inference.Chunk]:
-    """Transcribe recordings as inference.py does, up to the text that it would write: their chunks.
+def run_once(recognizer: common.Recognizer, paths: list[str], args: argparse.Namespace) -> list[inference.Recording]:
+    """Transcribe recordings as inference.py does, up to the text that it would write.
 
     Only real audio is decoded again where the model has not heard it whole. Raises SetupError.
     """
-    chunks = []
+    recordings = []
     for recording in inference.transcribe(recognizer, paths, args, decode_again=args.audio == paths):
         if recording.error is not None:
             raise common.SetupError(f"{recording.path}: {recording.error}")
         inference.render(recording, "txt", "ja")
         recognizer.lap("text")
-        chunks += recording.chunks
-    if not any(chunk.n_decoded for chunk in chunks):
+        recordings.append(recording)
+    if not any(recording.n_tokens for recording in recordings):
         raise common.SetupError("there is nothing to measure: all of the audio is silence or steady sound")
-    return chunks
+    return recordings
 
 
 def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: argparse.Namespace) -> dict:
@@ -153,7 +153,7 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: a
         memory.reset_peak_memory_stats(device)
     for i in range(n_runs):
         started_s = clock(device)
-        chunks = run_once(recognizer, paths, args)
+        recordings = run_once(recognizer, paths, args)
         samples_s.append(clock(device) - started_s)
         stopwatches.append(Stopwatch(device))
         run_once(replace(recognizer, lap=stopwatches[-1]), paths, args)
@@ -162,8 +162,9 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: a
     samples_s, first_s = samples_s[args.warmup :], samples_s[0]
     stages_s = {stage: [watch.stages_s[stage] for watch in stopwatches[args.warmup :]] for stage in STAGES}
     return {
-        "label": label, "audio_s": sum(chunk.end - chunk.start for chunk in chunks),
-        "n_windows": sum(chunk.n_windows for chunk in chunks), "n_tokens": sum(chunk.n_decoded for chunk in chunks),
+        "label": label, "audio_s": sum(recording.duration for recording in recordings),
+        "n_windows": sum(recording.n_windows for recording in recordings),
+        "n_tokens": sum(recording.n_tokens for recording in recordings),
         "first_s": first_s, "samples_s": samples_s, "median_s": float(np.median(samples_s)), "stages_s": stages_s,
         "stage_medians_s": {stage: float(np.median(samples)) for stage, samples in stages_s.items()},
         "peak_bytes": memory.max_memory_allocated(device) if memory else None,

@@ -81,6 +81,9 @@ class Recording:
     chunks: list["Chunk"] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
+    n_windows: int = 0  # that were decoded
+    n_tokens: int = 0  # of these, with ends and repetitions
+    n_again: int = 0  # chunks that were decoded again, in two parts
 
     @property
     def duration(self) -> float:
@@ -99,23 +102,20 @@ class Chunk(common.Chunk):
 
     recording: Recording
     is_last: bool = False  # of its recording
-    is_part: bool = False  # of a chunk that the model has not heard whole
-    parts: list["Chunk"] = field(default_factory=list)  # of this one, if it was not heard whole
+    # What prepare sets, where it is not steady and so is to be decoded:
     features: torch.Tensor | None = None  # input_features, until it is decoded
     loud_frames: np.ndarray | None = None  # as find_loud_frames gives them
-    # What set_text finds out:
+    # What set_text sets:
     text: str = ""
-    n_windows: int = 0  # that were decoded
-    n_decoded: int = 0  # tokens, with ends and repetitions
     token_ids: list[int] = field(default_factory=list)  # of the text, and the end of the text
     no_speech_prob: float | None = None  # None where it was not decoded
     compression_ratio: float = 0.0
     token_limit: bool = False  # decoding ended at the token limit: text may be missing
     looping: bool = False  # the decoder repeated itself; the text keeps the first turn
-    # What recognize_batch finds out:
+    # What recognize_batch sets:
     avg_logprob: float | None = None  # mean log-probability of its tokens; None where it was not decoded
-    left_out: bool = True  # not in the text: it is steady and was not decoded, or is_left_out says so
-    # What set_times finds out:
+    left_out: bool = True  # not in the text: it was not decoded, or is_left_out says so
+    # What set_times sets:
     token_starts: set[int] = field(default_factory=set)  # the characters of the text that a token begins with
     times: np.ndarray | None = None  # start and end of each character, from the recording's beginning, (n, 2) in s
     aligned: bool = False  # the times are from the decoder's attention
@@ -261,12 +261,11 @@ def count(recording: Recording, totals: Counter) -> None:
         return
     kept = [chunk for chunk in recording.chunks if not chunk.left_out]
     totals.update(audio_s=recording.duration, left_out=len(recording.chunks) - len(kept))
-    totals.update(again=sum(chunk.n_windows > 1 for chunk in recording.chunks))
+    totals.update(again=recording.n_again)
     totals.update(token_limit=sum(chunk.token_limit for chunk in kept), looping=sum(chunk.looping for chunk in kept))
     totals.update(empty=sum(not chunk.text for chunk in kept))
     if not kept:
-        decoded = any(chunk.n_decoded for chunk in recording.chunks)
-        why = "the model finds none" if decoded else "it is silence or steady sound"
+        why = "the model finds none" if recording.n_windows else "it is silence or steady sound"
         common.notice(f"{recording.path}: no speech: {why} (--no-speech-threshold 1 keeps all)")
 
 
@@ -395,30 +394,22 @@ def transcribe(
     chunks = read_recordings(paths, recognizer, args)
     if device.type != "cpu" and recognizer.lap is common.untimed:  # on a CPU both would compete for the cores
         chunks = ahead(chunks, batch_size)
-    parts, waiting = deque(), []  # waiting: the whole chunks, in order, that have no text or wait for one before them
-    while batch := next_batch(parts, chunks, batch_size):
-        waiting += [chunk for chunk in batch if not chunk.is_part]
+    while batch := next_batch(chunks, batch_size):
         try:
-            with_features = [chunk for chunk in batch if chunk.features is not None]
-            batch_size = recognize(recognizer, with_features, batch_size, args)
+            batch_size = recognize(recognizer, batch, batch_size, args)
+            if decode_again:
+                batch = hear_again(recognizer, batch, batch_size, args)
         except common.DeviceError as error:
-            for recording in dict.fromkeys(chunk.recording for chunk in waiting):
+            for recording in dict.fromkeys(chunk.recording for chunk in batch):
                 recording.error = recording.error or str(error)
                 yield recording
             raise
         for chunk in batch:
-            if decode_again and (place_s := place_to_cut(chunk)):
-                chunk.parts = halve(recognizer, chunk, place_s, args)
-                recognizer.lap("features")
-                parts += chunk.parts
             chunk.waveform = None
-        while waiting and all(chunk.features is None for chunk in (waiting[0], *waiting[0].parts)):
-            whole = waiting.pop(0)
-            for chunk in better_heard(whole):
-                whole.recording.chunks.append(chunk)
-                on_chunk(chunk)
-            if whole.is_last:
-                yield whole.recording
+            chunk.recording.chunks.append(chunk)
+            on_chunk(chunk)
+            if chunk.is_last:
+                yield chunk.recording
 
 
 def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, args: argparse.Namespace) -> Iterator[Chunk]:
@@ -478,21 +469,20 @@ def ahead(items: Iterable, n: int) -> Iterator:
         thread.shutdown(cancel_futures=True)
 
 
-def next_batch(parts: deque[Chunk], chunks: Iterator[Chunk], batch_size: int) -> list[Chunk]:
-    """The parts that wait to be decoded and then further chunks, together batch_size with features, and the chunks
-    without features between them."""
+def next_batch(chunks: Iterator[Chunk], batch_size: int) -> list[Chunk]:
+    """The next chunks: batch_size with features, and those without features between them."""
     batch, n_features = [], 0
-    while n_features < batch_size and (chunk := parts.popleft() if parts else next(chunks, None)):
+    while n_features < batch_size and (chunk := next(chunks, None)):
         batch.append(chunk)
         n_features += chunk.features is not None
     return batch
 
 
 def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, args: argparse.Namespace) -> int:
-    """Decode chunks in batches, which are halved where the device is out of memory; the batch size that fitted.
-
-    Raises DeviceError.
+    """Decode the chunks with features in batches, which are halved where the device is out of memory; the batch size
+    that fitted. Raises DeviceError.
     """
+    chunks = [chunk for chunk in chunks if chunk.features is not None]
     device, n_done, before = recognizer.model.device, 0, batch_size
     while n_done < len(chunks):
         batch = chunks[n_done : n_done + batch_size]
@@ -527,8 +517,10 @@ def recognize_batch(recognizer: common.Recognizer, batch: list[Chunk], args: arg
             chunk.left_out = is_left_out(chunk, args)
             set_times(chunk, recognizer.tokenizer, weights)
     recognizer.lap("times")
-    for chunk in batch:
+    for chunk, ids in zip(batch, decoded.token_ids, strict=True):
         chunk.features = None
+        chunk.recording.n_windows += 1
+        chunk.recording.n_tokens += len(ids)
 
 
 def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float) -> None:
@@ -538,21 +530,20 @@ def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float) -> 
     chunk.compression_ratio = len(data) / len(zlib.compress(data))
     chunk.looping = chunk.compression_ratio > COMPRESSION_RATIO_LIMIT
     chunk.token_limit = ids[-1] != eos
-    chunk.n_windows, chunk.n_decoded, chunk.no_speech_prob = 1, len(ids), no_speech_prob
+    chunk.no_speech_prob = no_speech_prob
     ids = [i for i in ids if i != eos]
     chunk.token_ids = [*(without_loop(ids) if chunk.looping else ids), eos]
     chunk.text = re.sub(common.CONTROL, " ", tokenizer.decode(chunk.token_ids, skip_special_tokens=True)).strip()
 
 
 def is_left_out(chunk: Chunk, args: argparse.Namespace) -> bool:
-    """Whether a decoded chunk is left out: the model finds no speech in it, it is a part whose text is unlikely, or its
-    text is nothing but a piece of the prompt, and perhaps nobody has spoken."""
+    """Whether a decoded chunk is left out: the model finds no speech in it, or its text is nothing but a piece of the
+    prompt, and perhaps nobody has spoken."""
     if args.no_speech_threshold == 1:  # which keeps all
         return False
     text, prompt = (re.sub(r"\W", "", text) for text in (chunk.text, args.prompt))
     is_echo = text != "" and text in prompt and chunk.no_speech_prob > ECHO_NO_SPEECH_PROB
-    is_unlikely = chunk.is_part and chunk.avg_logprob < LOGPROB_LIMIT
-    return chunk.no_speech_prob > args.no_speech_threshold or is_unlikely or is_echo
+    return chunk.no_speech_prob > args.no_speech_threshold or is_echo
 
 
 def without_loop(ids: list[int]) -> list[int]:
@@ -564,16 +555,36 @@ def without_loop(ids: list[int]) -> list[int]:
     return ids[: len(ids) - n_repeated]
 
 
+def hear_again(
+    recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, args: argparse.Namespace
+) -> list[Chunk]:  # fmt: skip
+    """The chunks, with two parts in the place of each that the model has not heard whole. Raises DeviceError.
+
+    A part is left out if its text is unlikely; where none is kept, the chunk stays. Parts are not cut again: a third
+    try made text of noise.
+    """
+    halves = {chunk: halve(recognizer, chunk, place_s, args) for chunk in chunks if (place_s := place_to_cut(chunk))}
+    recognizer.lap("features")
+    recognize(recognizer, [part for parts in halves.values() for part in parts], batch_size, args)
+    heard = []
+    for chunk in chunks:
+        parts = halves.get(chunk, [])
+        for part in parts:
+            part.left_out = part.left_out or (part.avg_logprob < LOGPROB_LIMIT and args.no_speech_threshold < 1)
+        chunk.recording.n_again += bool(parts)
+        heard += parts if any(not part.left_out for part in parts) else [chunk]
+    return heard
+
+
 def place_to_cut(chunk: Chunk) -> float | None:
     """Where to cut a chunk that the model has not heard whole, in seconds from its start; None where it has.
 
     After a pause the model may end its text. Then a stretch of sound follows of which no character has a frame, and the
     pause before it is the place. A text that repeats itself, reaches the token limit or is unlikely may lack words too:
-    the longest pause is the place or, where there is none, the quietest moment in the middle. Parts are not cut again:
-    a third try made text of noise.
+    the longest pause is the place or, where there is none, the quietest moment in the middle.
     """
     duration_s = chunk.end - chunk.start
-    if chunk.is_part or chunk.left_out or duration_s < 2 * common.PAUSE_S:
+    if chunk.left_out or duration_s < 2 * common.PAUSE_S:
         return None
     frames = chunk.loud_frames
     stretches = np.split(frames, np.flatnonzero(np.diff(frames) * FRAME_S >= common.PAUSE_S) + 1)
@@ -598,23 +609,11 @@ def place_to_cut(chunk: Chunk) -> float | None:
 def halve(recognizer: common.Recognizer, chunk: Chunk, place_s: float, args: argparse.Namespace) -> list[Chunk]:
     """The two parts of a chunk, ready to be decoded."""
     place, middle_s = round(place_s * common.SAMPLING_RATE), chunk.start + place_s
-    first = Chunk(chunk.start, middle_s, chunk.waveform[:place], chunk.recording, is_part=True)
-    second = Chunk(middle_s, chunk.end, chunk.waveform[place:], chunk.recording, is_part=True, is_last=chunk.is_last)
+    first = Chunk(chunk.start, middle_s, chunk.waveform[:place], chunk.recording)
+    second = Chunk(middle_s, chunk.end, chunk.waveform[place:], chunk.recording, is_last=chunk.is_last)
     for part in (first, second):
         prepare(recognizer, part, args)
     return [first, second]
-
-
-def better_heard(whole: Chunk) -> list[Chunk]:
-    """The parts of a chunk, of which the first gets the chunk's counts too, or the chunk itself, with the counts of its
-    parts, where it has none or none of them is kept."""
-    if any(not part.left_out for part in whole.parts):
-        heard, others = whole.parts, [whole]
-    else:
-        heard, others = [whole], whole.parts
-    heard[0].n_windows += sum(chunk.n_windows for chunk in others)
-    heard[0].n_decoded += sum(chunk.n_decoded for chunk in others)
-    return heard
 
 
 # --- Times: cross-attention -> when each character is spoken ---

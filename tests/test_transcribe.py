@@ -1,7 +1,6 @@
 """The text that was spoken comes out, whatever the file, the batch and the length."""
 import json
 import threading
-from collections import deque
 
 import common
 import numpy as np
@@ -49,7 +48,7 @@ def test_every_batch_size_gives_the_same_text_in_input_order(corpus, transcribe,
 
 def test_chunks_of_several_files_fill_one_batch(corpus, recognizer):
     chunks, sizes = inference.read_recordings(corpus[0], recognizer, options_of()), []
-    while batch := inference.next_batch(deque(), chunks, 8):
+    while batch := inference.next_batch(chunks, 8):
         sizes.append(sum(chunk.features is not None for chunk in batch))
     assert sizes[:-1] == [8] * (len(sizes) - 1) and sum(sizes) > len(corpus[0])
 
@@ -154,13 +153,20 @@ def test_silence_keeps_no_sound(tmp_path, recognizer):
     assert [chunk.waveform for chunk in chunks] == [None] * 3
 
 
-def test_a_chunk_stays_whole_where_none_of_its_parts_is_kept():
-    chunks = [inference.Chunk(0, 9, None, None, n_windows=1, n_decoded=n, left_out=False) for n in (5, 3, 2)]
-    whole, *whole.parts = chunks
-    for part in whole.parts:
-        assert inference.better_heard(whole) == whole.parts
-        part.left_out = True
-    assert inference.better_heard(whole) == [whole]
+@pytest.mark.parametrize("logprob, text", [(-2, "こ"), (0, "こち")])
+def test_a_chunk_stays_whole_where_none_of_its_parts_is_kept(tmp_path, transcribe, monkeypatch, logprob, text):
+    """Of a text that reaches the token limit the parts are likely or not."""
+    force, is_first = inference.force_texts, [True]
+
+    def doubtful(*arguments):
+        for weights, logprobs in force(*arguments):
+            yield weights, logprobs if is_first.pop() else logprobs.new_full(logprobs.shape, logprob)
+            is_first.append(False)
+
+    monkeypatch.setattr(inference, "force_texts", doubtful)
+    [recording] = transcribe(write(tmp_path / "a.wav", synthesize("こんにちは")), max_new_tokens=1)
+    assert inference.full_text(recording, "ja") == text and recording.error is None
+    assert (recording.n_windows, recording.n_again) == (3, 1)
 
 
 def test_a_loop_is_seen_and_delivered_once_and_what_follows_is_heard(tmp_path, transcribe):

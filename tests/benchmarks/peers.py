@@ -101,7 +101,7 @@ def ours(models: Path, dtype: str, chunk_length_s: float):
         args = inference.parse_arguments(["--audio", path, "--chunk-length", str(chunk_length_s), "--batch-size",
                                           str(BATCH_SIZE), "--max-new-tokens", str(n_tokens)])  # fmt: skip
         [recording] = inference.transcribe(recognizer, [path], args, decode_again=False)
-        return sum(chunk.n_decoded for chunk in recording.chunks)
+        return recording.n_tokens
 
     return run
 
