@@ -82,13 +82,6 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return parse
 
 
-def device_name(text: str) -> str:
-    """A type for argparse: npu, npu:N, cuda, cuda:N or cpu."""
-    if not re.fullmatch(r"cpu|(npu|cuda)(:\d{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not npu, npu:N, cpu, cuda or cuda:N")
-    return text
-
-
 def add_model_options(
     parser: argparse.ArgumentParser, without_npu: str = "the CPU is used, with a warning", max_new_tokens: int = 256
 ) -> None:
@@ -96,7 +89,7 @@ def add_model_options(
     add = parser.add_argument_group("model, device and decoding").add_argument
     add("--model", default=MODEL, metavar="NAME", help="A model on the hub, which the first run downloads (1.5 GB), or "
         "a local folder. (default: %(default)s)")  # fmt: skip
-    add("--device", type=device_name, help="npu, npu:N, cpu, cuda or cuda:N. (default: the NPU; where none is usable, "
+    add("--device", metavar="NAME", help="npu, npu:N, cpu, cuda or cuda:N. (default: the NPU; where none is usable, "
         f"{without_npu})")  # fmt: skip
     add("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto",
         help="auto is float16 on an accelerator. On a CPU it is bfloat16 where the processor computes that natively "
@@ -171,6 +164,8 @@ def select_device(name: str | None, local_rank: int = 0) -> torch.device:
     Process local_rank of a machine takes the NPU or GPU of that number unless another is named. To be called before
     transformers is imported. Raises SetupError where the named device cannot be used.
     """
+    if name and not re.fullmatch(r"cpu|(npu|cuda)(:\d{1,3})?", name):
+        raise SetupError(f"--device {name}: not npu, npu:N, cpu, cuda or cuda:N")
     kind, _, index = (name or "npu").partition(":")
     if kind == "npu":
         try:
@@ -390,6 +385,8 @@ def load_model(
     transformers.logging.set_verbosity_error()  # what it warns of is checked here, and said in one line
     folder = name if os.path.isdir(name) else download_model(name)
     try:
+        import librosa.sequence  # noqa: F401  (here, where it counts as loading, and is one line if numba fails)
+
         if adapter := [file for file in os.listdir(folder) if file.startswith("adapter_")]:
             remedy = "merge it into the model first (merge_and_unload of peft), and name the folder of the result"
             raise SetupError(f"--model {name}: its LoRA adapter ({adapter[0]}) would not be applied: {remedy}")
@@ -436,15 +433,17 @@ class Chunk:
 def read_chunks(path: str, chunk_length_s: float, warn: Callable[[str], None]) -> Iterator[Chunk]:
     """The chunks of a recording, at least one, which tile it.
 
-    warn is called with one line for what may be lost. Raises AudioError, and SetupError as import_librosa does.
+    warn is called with one line for what may be lost. Raises AudioError.
     """
+    import librosa
+
     blocks = read_blocks(path, warn)
     rate, block = next(blocks)
     blocks = itertools.chain([block], (block for _, block in blocks))
     for first, waveform in split_at_pauses(blocks, rate, chunk_length_s):
         start, end = first / rate, (first + len(waveform)) / rate
         if rate != SAMPLING_RATE:
-            waveform = import_librosa().resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
+            waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
         yield Chunk(start, end, waveform[: WINDOW_S * SAMPLING_RATE])  # rounding may add a sample
 
 
@@ -675,18 +674,6 @@ def mean_squares(waveform: np.ndarray, rate: int, window_s: float) -> np.ndarray
     energy = np.einsum("ij,ij->i", frames, frames) / hop
     window = min(len(energy), round(window_s / LEVEL_HOP_S))
     return np.convolve(energy, np.full(window, 1 / window), "valid")
-
-
-def import_librosa():
-    """librosa, with what is used of it. Raises SetupError where numba, which it needs, may not keep a cache."""
-    import librosa
-
-    try:
-        librosa.resample, librosa.sequence.dtw  # noqa: B018  (they are imported when they are first named)
-    except RuntimeError as error:
-        remedy = "set NUMBA_CACHE_DIR to a folder that you may write to"
-        raise SetupError(f"librosa cannot be loaded ({first_line(error)}): {remedy}") from error
-    return librosa
 
 
 # --- Recognition: chunks -> token ids ---

@@ -223,7 +223,6 @@ def transcribe_files(
                       "kotoba-tech/kotoba-whisper-bilingual-v1.0 with --language en (or ja, from English)")  # fmt: skip
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if torch.distributed.is_initialized() else 0
     device = common.select_device(args.device, local_rank)
-    common.import_librosa()  # here, where it counts as loading and a failure ends the run
     dtype = common.select_dtype(args.dtype, device)
     recognizer = common.load_model(args.model, device, dtype, args.language, args.task, args.prompt)
     loaded_s, failure, n_left = time.perf_counter(), None, len(paths)
@@ -424,8 +423,6 @@ def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, args: a
                 chunk = Chunk(**vars(found), recording=recording)
                 prepare(recognizer, chunk, args)
                 recognizer.lap("features")
-        except common.SetupError:  # librosa cannot be loaded: the same for all recordings
-            raise
         except common.AudioError as error:
             recording.error = str(error)
         except Exception as error:
@@ -720,6 +717,8 @@ def align(weights: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
     of the text: it gets what sounds before and after the speech. None where the result is not to be believed, because a
     unit takes longer than LONGEST_UNIT_S or most units take a single frame.
     """
+    import librosa
+
     n_heads, n_units, _ = weights.shape
     if n_units > len(frames):
         return None
@@ -727,7 +726,7 @@ def align(weights: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
     sharpness = weights.norm(dim=1).sum(-1) + weights.norm(dim=2).sum(-1)
     weights = weights[sharpness.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
     matrix = torch.nn.functional.normalize(weights, dim=1).mean(0).cpu().numpy()
-    _, steps = common.import_librosa().sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))
+    _, steps = librosa.sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))
     units = steps[::-1, 0].copy()
     looks, end = weights.mean(0).cpu().numpy(), n_units - 1
     for i in np.flatnonzero(np.diff(frames) * FRAME_S >= SHORT_PAUSE_S):

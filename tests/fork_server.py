@@ -29,10 +29,10 @@ def end() -> None:
 def import_packages() -> None:
     """Import what the scripts do, as on a machine without an NPU: a copy of a process cannot use one."""
     sys.modules["torch_npu"] = None
-    import common
+    import common  # noqa: F401
+    import librosa.sequence  # noqa: F401
     import transformers
 
-    common.import_librosa()
     for name in ("GenerationConfig", "WhisperForConditionalGeneration", "WhisperProcessor"):
         getattr(transformers, name)  # which imports it
     del sys.modules["torch_npu"]

@@ -21,6 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 import common  # noqa: E402
+import librosa  # noqa: E402
 import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
 import transformers  # noqa: E402
@@ -65,7 +66,7 @@ def measure(path: str, rate: int, extractor) -> dict[str, float]:
         channels = timed("reading", common.read_channels(path, file, print))
         blocks = (block for _, block in timed("mixing", common.mix_down(channels)))
         waveforms = (waveform for _, waveform in timed("cutting", common.split_at_pauses(blocks, rate, 15)))
-        resample = common.import_librosa().resample
+        resample = librosa.resample
         waveforms = timed("resampling", (resample(x, orig_sr=rate, target_sr=common.SAMPLING_RATE) for x in waveforms))
         moving = (x for x in waveforms if not common.is_steady(x, common.SAMPLING_RATE))
         heard = timed("speech?", ((x, inference.find_loud_frames(x)) for x in moving))
