@@ -356,12 +356,45 @@ def start_sequence(generation, tokenizer, language: str, task: str) -> list[int]
     return ids
 
 
+def needs_float32_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention is computed in float32: in bfloat16, torch's is slow on a CPU that does not have AMX."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+
+
+def float32_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
+    """Attention as transformers asks for it, in float32: (batch, n_heads, n, head_dim) each to (batch, n, n_heads,
+    head_dim)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    states = query.float(), key.float(), value.float()
+    context, weights = sdpa_attention_forward(module, *states, attention_mask, **options)
+    return context.to(query.dtype), weights
+
+
+def pack_linears(model: torch.nn.Module) -> None:
+    """Store the weights of a bfloat16 model in the order that the CPU reads fastest, and compute the encoder's GELU
+    together with the linear before it. The model cannot be moved to another device afterwards.
+
+    torch has no public functions for that; where it lacks these, nothing is done.
+    """
+    if not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return
+    pack, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    with_gelu = {layer.fc1 for layer in model.model.encoder.layers}
+    for module in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        module.weight = torch.nn.Parameter(pack(module.weight.detach(), 1), requires_grad=False)
+        kind = "gelu" if module in with_gelu else "none"
+        module.forward = lambda x, m=module, kind=kind: linear(x, m.weight, m.bias, kind, [], "none")
+    for layer in model.model.encoder.layers:
+        layer.activation_fn = torch.nn.Identity()
+
+
 def load_weights(folder: str, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     """The model of a folder, from safetensors and without remote code. Raises ValueError where weights are missing."""
     import transformers
 
-    transformers.AttentionInterface.register("cpu_attention", cpu_attention)
-    transformers.AttentionMaskInterface.register("cpu_attention", transformers.masking_utils.sdpa_mask)
+    transformers.AttentionInterface.register("float32_attention", float32_attention)
+    transformers.AttentionMaskInterface.register("float32_attention", transformers.masking_utils.sdpa_mask)
     model, report = transformers.WhisperForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
     )
@@ -397,7 +430,7 @@ def load_model(
         except Exception as error:  # transformers gives a false reason: it asks for the library protobuf
             raise ValueError("its tokenizer.json or tokenizer_config.json is missing or broken") from error
         initial_tokens = prompt_tokens(tokenizer, prompt) + start_sequence(generation, tokenizer, language, task)
-        model = load_weights(folder, dtype, "cpu_attention" if needs_cpu_attention(device, dtype) else "sdpa")
+        model = load_weights(folder, dtype, "float32_attention" if needs_float32_attention(device, dtype) else "sdpa")
         config = model.config
         shape = extract_features(extractor, np.zeros(1, np.float32)).shape[1:]
         if shape != (needed := (config.num_mel_bins, 2 * config.max_source_positions)):
@@ -538,9 +571,10 @@ def ffmpeg_blocks(path: str, head: bytes, warn: Callable[[str], None]) -> Iterat
                 yield rate, block
         messages.seek(0)
         log = messages.read().decode(errors="replace").strip()
-    # What is said of the tags of MP3 and by the codecs of pictures is no loss of sound.
-    others = "|".join(["mp3", *re.findall(r"\[info\] +Stream #.* Video: (\w+)", log)])
-    errors = re.findall(rf"^(?!\[(?:{others}) @)(.*)\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
+    # What is said of tags and by the codecs of pictures is no loss of sound.
+    pictures = "|".join(re.findall(r"\[info\] +Stream #.* Video: (\w+)", log)) or "none"
+    no_loss = rf"\[(?:{pictures}) @|\[error\] (?:Incorrect BOM|Error reading)"
+    errors = re.findall(rf"^(?!{no_loss})(.*)\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
     said = "".join(errors[0]) if errors else log.rpartition("\n")[2]
     if n_read == 0:
         raise AudioError(f"no sound in it that ffmpeg can read ({said or 'it does not say why'})")
@@ -755,8 +789,9 @@ def decode(
         logits = model.proj_out(hidden[:, -START_LENGTH :: START_LENGTH - 1]).float()
         if i == 0:
             no_speech_probs = logits[:, 0].softmax(-1).index_select(1, recognizer.initial_tokens[-1:] - 1)[:, 0]
-            if needs_cpu_attention(model.device, model.dtype):
-                lay_out_for_cpu(cache.cross_attention_cache)
+            if needs_float32_attention(model.device, model.dtype):  # then once, not at every token
+                for layer in cache.cross_attention_cache.layers:
+                    layer.keys, layer.values = layer.keys.float(), layer.values.float()
         chosen.append((logits[:, -1] + token_mask[min(i, 1)]).max(-1))
         ended |= chosen[i].indices == eos
         if (i + 1) % CHECK_EVERY == 0 and ended.all():
@@ -774,65 +809,6 @@ def nan_error(model: torch.nn.Module) -> DeviceError:
     """The error to raise where a model has computed NaN or infinity."""
     remedy = "--dtype bfloat16 or float32 may hold them" if model.dtype == torch.float16 else "is the model whole?"
     return DeviceError(f"{model.device} computes NaN or infinity in {dtype_name(model.dtype)}: {remedy}")
-
-
-# --- Kernels for bfloat16 on a CPU ---
-
-
-def needs_cpu_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention is cpu_attention: torch's own is slow in bfloat16 on a CPU without AMX, and fast with it."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
-
-
-def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
-    """Attention as transformers asks for it, in bfloat16 on a CPU: (batch, n_heads, n, head_dim) each to
-    (batch, n, n_heads, head_dim).
-
-    A single query, as in decoding, is two products of a matrix and a vector in float32. The encoder's whole window goes
-    one head at a time, so that its scores stay in the cache.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    n_query, n_key = query.shape[2], key.shape[2]
-    if n_query == 1:
-        query3, key3, value3 = (states.float().flatten(0, 1) for states in (query, key, value))
-        weights = torch.bmm(key3, query3.transpose(1, 2)).transpose(1, 2).softmax(-1)
-        context = torch.bmm(value3.transpose(1, 2), weights.transpose(1, 2)).to(query.dtype)
-        return context.view(query.shape).transpose(1, 2), None
-    if n_query < n_key or module.is_causal:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    context, scores = query.new_empty(query.transpose(1, 2).shape), query.new_empty(n_query, n_key)
-    heads = (states.flatten(0, 1) for states in (query, key, value))
-    for q, k, v, out in zip(*heads, (out for row in context for out in row.unbind(1)), strict=True):
-        torch.mm(q, k.T, out=scores)
-        torch.softmax(scores, -1, out=scores)
-        torch.mm(scores, v, out=out)
-    return context, None
-
-
-def lay_out_for_cpu(cross_attention_cache) -> None:
-    """Store the keys and values of the encoder's output once as cpu_attention reads them fastest."""
-    for layer in cross_attention_cache.layers:
-        layer.keys = layer.keys.float()
-        layer.values = layer.values.transpose(2, 3).contiguous().float().transpose(2, 3)
-
-
-def pack_linears(model: torch.nn.Module) -> None:
-    """Store the weights of a bfloat16 model in the order that the CPU reads fastest, and compute the encoder's GELU
-    together with the linear before it. The model cannot be moved to another device afterwards.
-
-    torch has no public functions for that; where it lacks these, nothing is done.
-    """
-    if not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return
-    pack, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-    with_gelu = {layer.fc1 for layer in model.model.encoder.layers}
-    for module in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
-        module.weight = torch.nn.Parameter(pack(module.weight.detach(), 1), requires_grad=False)
-        kind = "gelu" if module in with_gelu else "none"
-        module.forward = lambda x, m=module, kind=kind: linear(x, m.weight, m.bias, kind, [], "none")
-    for layer in model.model.encoder.layers:
-        layer.activation_fn = torch.nn.Identity()
 
 
 # --- For the evaluations ---

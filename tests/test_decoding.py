@@ -1,7 +1,6 @@
 """Greedy decoding gives the token ids of plain transformers, without its warnings."""
 import json
 import shutil
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,21 +159,7 @@ class TestCpuKernels:
     @pytest.fixture(autouse=True, params=[True, False], ids=["without AMX", "with AMX"])
     def amx(self, request, monkeypatch):
         """Both ways, whatever this processor has."""
-        monkeypatch.setattr(common, "needs_cpu_attention", lambda device, dtype: request.param)
-
-    @pytest.mark.parametrize("n_query, n_key, causal", [(1, 1500, False), (1, 7, True), (4, 4, True), (5, 1500, False)])
-    def test_the_attention_is_as_exact_as_that_of_torch(self, n_query, n_key, causal):
-        torch.manual_seed(0)
-        shapes = [(2, 3, n_query, 64), (2, 3, n_key, 64), (2, 3, n_key, 64)]
-        states = [torch.randn(shape).mul(2).bfloat16() for shape in shapes]
-        states[0] *= 0.2  # scores of a trained model: peaks in the softmax
-        attend = torch.nn.functional.scaled_dot_product_attention
-        exact = attend(*(x.double() for x in states), scale=1, is_causal=causal and n_query > 1)
-        torchs = attend(*states, scale=1, is_causal=causal and n_query > 1)
-        module = types.SimpleNamespace(is_causal=causal)
-        ours, _ = common.cpu_attention(module, *states, attention_mask=None, scaling=1.0, dropout=0.0)
-        errors = [(x.double() - exact).norm() / exact.norm() for x in (ours.transpose(1, 2), torchs)]
-        assert errors[0] <= 1.5 * errors[1] and errors[0] < 0.005
+        monkeypatch.setattr(common, "needs_float32_attention", lambda device, dtype: request.param)
 
     def test_the_encoder_is_as_exact_as_that_of_transformers(self):
         from transformers import WhisperForConditionalGeneration
@@ -193,7 +178,7 @@ class TestCpuKernels:
 
     def test_the_text_is_that_of_float32(self):
         waveforms, fast = [*map(synthesize, TEXTS)], load(MODEL, torch.bfloat16)
-        assert (fast.model.config._attn_implementation == "cpu_attention") == common.needs_cpu_attention(None, None)
+        assert (fast.model.config._attn_implementation == "sdpa") != common.needs_float32_attention(None, None)
         assert our_rows(fast, waveforms, 20) == our_rows(load(MODEL), waveforms, 20)
 
 
