@@ -62,7 +62,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="How many runs come before those that count; the first is the cold one. (default: %(default)s)")
     add("--runs", type=count, default=10, metavar="N", help="How many runs count. (default: %(default)s)")
     add("--json", action="store_true", help="Print everything that was measured as JSON, in place of the table.")
-    parser.set_defaults(no_speech_threshold=inference.NO_SPEECH_THRESHOLD, prompt="")  # as inference.py does by default
     return parser.parse_args(argv)
 
 
@@ -124,13 +123,12 @@ class Stopwatch:
         self.last_s = now_s
 
 
-def run_once(recognizer: common.Recognizer, paths: list[str], args: argparse.Namespace) -> list[inference.Recording]:
-    """Transcribe recordings as inference.py does, up to the text that it would write.
-
-    Only real audio is decoded again where the model has not heard it whole. Raises SetupError.
-    """
+def run_once(
+    recognizer: common.Recognizer, paths: list[str], options: inference.Options
+) -> list[inference.Recording]:  # fmt: skip
+    """Transcribe recordings as inference.py does, up to the text that it would write. Raises SetupError."""
     recordings = []
-    for recording in inference.transcribe(recognizer, paths, args, decode_again=args.audio == paths):
+    for recording in inference.transcribe(recognizer, paths, options):
         if recording.error is not None:
             raise common.SetupError(f"{recording.path}: {recording.error}")
         inference.render(recording, "txt", "ja")
@@ -141,7 +139,9 @@ def run_once(recognizer: common.Recognizer, paths: list[str], args: argparse.Nam
     return recordings
 
 
-def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: argparse.Namespace) -> dict:
+def measure(
+    recognizer: common.Recognizer, label: str, paths: list[str], options: inference.Options, args: argparse.Namespace
+) -> dict:  # fmt: skip
     """Warm up, then time whole runs and runs stage by stage in turns. Raises SetupError.
 
     samples_s are in the order of the runs, without the warm-up; peak_bytes, of the device's memory, is None for a CPU.
@@ -153,10 +153,10 @@ def measure(recognizer: common.Recognizer, label: str, paths: list[str], args: a
         memory.reset_peak_memory_stats(device)
     for i in range(n_runs):
         started_s = clock(device)
-        recordings = run_once(recognizer, paths, args)
+        recordings = run_once(recognizer, paths, options)
         samples_s.append(clock(device) - started_s)
         stopwatches.append(Stopwatch(device))
-        run_once(replace(recognizer, lap=stopwatches[-1]), paths, args)
+        run_once(replace(recognizer, lap=stopwatches[-1]), paths, options)
         if i == 0:
             common.notice(f"{label} on {device}: the first of {2 * n_runs} runs took {samples_s[0]:.1f} s")
     samples_s, first_s = samples_s[args.warmup :], samples_s[0]
@@ -185,8 +185,9 @@ def measure_device(device: torch.device, args: argparse.Namespace) -> dict:
         window = synthesize(f"{folder}/window.wav", common.WINDOW_S)
         inputs += [(endless, f"batch of {n}", [window] * n, n) for n in args.batch_sizes]
         inputs += [(endless, f"{s:g} s", [synthesize(f"{folder}/{s:g}.wav", s)], batch_size) for s in args.durations]
-        measurements = [
-            measure(model, label, paths, argparse.Namespace(**vars(args) | {"batch_size": n}))
+        rest = args.chunk_length, args.max_new_tokens, inference.NO_SPEECH_THRESHOLD, ""  # as inference.py's defaults
+        measurements = [  # only real audio is decoded again
+            measure(model, label, paths, inference.Options(n, *rest, decode_again=model is recognizer), args)
             for model, label, paths, n in inputs
         ]
         return {

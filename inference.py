@@ -73,6 +73,18 @@ START_TIMEOUT = timedelta(minutes=1)  # in which the processes of torchrun, whic
 END_TIMEOUT = timedelta(days=30)  # in which all of them have ended
 
 
+@dataclass(frozen=True)
+class Options:
+    """How recordings are transcribed; parse_arguments describes it."""
+
+    batch_size: int
+    chunk_length_s: float
+    max_new_tokens: int
+    no_speech_threshold: float
+    prompt: str
+    decode_again: bool = True  # in two parts, if the model has not heard a chunk whole
+
+
 @dataclass(eq=False)
 class Recording:
     """One input file and what became of it: its chunks in order, what may be lost, and why it failed if it did."""
@@ -225,6 +237,8 @@ def transcribe_files(
     device = common.select_device(args.device, local_rank)
     dtype = common.select_dtype(args.dtype, device)
     recognizer = common.load_model(args.model, device, dtype, args.language, args.task, args.prompt)
+    options = Options(args.batch_size or common.default_batch_size(device), args.chunk_length, args.max_new_tokens,
+                      args.no_speech_threshold, args.prompt)  # fmt: skip
     loaded_s, failure, n_left = time.perf_counter(), None, len(paths)
     off = torch.distributed.is_initialized() or None  # None: where stderr is no terminal
     bar = tqdm(disable=off, unit=" s", bar_format="{n:.0f} s of audio [{elapsed}, {rate_noinv_fmt}]")
@@ -238,7 +252,7 @@ def transcribe_files(
 
     with bar:
         try:
-            for recording in transcribe(recognizer, paths, args, on_chunk):
+            for recording in transcribe(recognizer, paths, options, on_chunk):
                 if recording.error is None and not as_heard:
                     deliver(recording, outputs[recording.path], stdout_format, language)
                 count(recording, totals)
@@ -378,26 +392,24 @@ def plan_outputs(inputs: dict[str, str], args: argparse.Namespace, several: bool
 
 
 def transcribe(
-    recognizer: common.Recognizer, paths: Iterable[str], args: argparse.Namespace,
-    on_chunk: Callable[[Chunk], None] = lambda chunk: None, decode_again: bool = True,
+    recognizer: common.Recognizer, paths: Iterable[str], options: Options,
+    on_chunk: Callable[[Chunk], None] = lambda chunk: None,
 ) -> Iterator[Recording]:  # fmt: skip
     """The recordings, in order, each when its last chunk has its text; on_chunk is called with each chunk, in order.
 
-    Where decode_again is True, a chunk that the model has not heard whole is cut in two, and the parts take its place.
     A batch may have chunks of several recordings. While an accelerator decodes one batch the next is read, unless the
     stages are timed. Where the device fails, nothing that it returns can be believed: all recordings that have begun
     come with an error, and then DeviceError is raised.
     """
-    device = recognizer.model.device
-    batch_size = args.batch_size or common.default_batch_size(device)
-    chunks = read_recordings(paths, recognizer, args)
-    if device.type != "cpu" and recognizer.lap is common.untimed:  # on a CPU both would compete for the cores
+    batch_size, chunks = options.batch_size, read_recordings(paths, recognizer, options)
+    # On a CPU both would compete for the cores.
+    if recognizer.model.device.type != "cpu" and recognizer.lap is common.untimed:
         chunks = ahead(chunks, batch_size)
     while batch := next_batch(chunks, batch_size):
         try:
-            batch_size = recognize(recognizer, batch, batch_size, args)
-            if decode_again:
-                batch = hear_again(recognizer, batch, batch_size, args)
+            batch_size = recognize(recognizer, batch, batch_size, options)
+            if options.decode_again:
+                batch = hear_again(recognizer, batch, batch_size, options)
         except common.DeviceError as error:
             for recording in dict.fromkeys(chunk.recording for chunk in batch):
                 recording.error = recording.error or str(error)
@@ -411,17 +423,17 @@ def transcribe(
                 yield chunk.recording
 
 
-def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, args: argparse.Namespace) -> Iterator[Chunk]:
+def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, options: Options) -> Iterator[Chunk]:
     """The chunks of each recording, at least one. Whatever goes wrong while it is read is the recording's error."""
     for path in paths:
         recording, chunk = Recording(path), None
         try:
-            for found in common.read_chunks(path, args.chunk_length, recording.warn):
+            for found in common.read_chunks(path, options.chunk_length_s, recording.warn):
                 recognizer.lap("read and resample")
                 if chunk is not None:
                     yield chunk
                 chunk = Chunk(**vars(found), recording=recording)
-                prepare(recognizer, chunk, args)
+                prepare(recognizer, chunk, options)
                 recognizer.lap("features")
         except common.AudioError as error:
             recording.error = str(error)
@@ -433,9 +445,9 @@ def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, args: a
         yield chunk
 
 
-def prepare(recognizer: common.Recognizer, chunk: Chunk, args: argparse.Namespace) -> None:
+def prepare(recognizer: common.Recognizer, chunk: Chunk, options: Options) -> None:
     """Set the features and the loud frames of a chunk that is to be decoded; one that is not keeps no sound."""
-    if args.no_speech_threshold < 1 and common.is_steady(chunk.waveform, common.SAMPLING_RATE):
+    if options.no_speech_threshold < 1 and common.is_steady(chunk.waveform, common.SAMPLING_RATE):
         chunk.waveform = None
     else:
         chunk.features = common.extract_features(recognizer.extractor, chunk.waveform)
@@ -475,7 +487,7 @@ def next_batch(chunks: Iterator[Chunk], batch_size: int) -> list[Chunk]:
     return batch
 
 
-def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, args: argparse.Namespace) -> int:
+def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, options: Options) -> int:
     """Decode the chunks with features in batches, which are halved where the device is out of memory; the batch size
     that fitted. Raises DeviceError.
     """
@@ -484,7 +496,7 @@ def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: in
     while n_done < len(chunks):
         batch = chunks[n_done : n_done + batch_size]
         try:
-            recognize_batch(recognizer, batch, args)
+            recognize_batch(recognizer, batch, options)
             n_done += len(batch)
             continue
         except common.OutOfMemoryError:
@@ -500,9 +512,9 @@ def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: in
     return batch_size
 
 
-def recognize_batch(recognizer: common.Recognizer, batch: list[Chunk], args: argparse.Namespace) -> None:
+def recognize_batch(recognizer: common.Recognizer, batch: list[Chunk], options: Options) -> None:
     """Set the texts and the times of chunks. Raises DeviceError."""
-    decoded = common.generate(recognizer, [chunk.features for chunk in batch], args.max_new_tokens)
+    decoded = common.generate(recognizer, [chunk.features for chunk in batch], options.max_new_tokens)
     for chunk, ids, no_speech_prob in zip(batch, decoded.token_ids, decoded.no_speech_probs, strict=True):
         set_text(chunk, recognizer.tokenizer, ids, no_speech_prob)
     recognizer.lap("text")
@@ -511,7 +523,7 @@ def recognize_batch(recognizer: common.Recognizer, batch: list[Chunk], args: arg
         for chunk, (weights, logprobs) in zip(batch, forced, strict=True):
             # The end of a text that was cut off is not the model's own, and does not count.
             chunk.avg_logprob = logprobs[: len(logprobs) - (chunk.looping or chunk.token_limit)].mean().item()
-            chunk.left_out = is_left_out(chunk, args)
+            chunk.left_out = is_left_out(chunk, options)
             set_times(chunk, recognizer.tokenizer, weights)
     recognizer.lap("times")
     for chunk, ids in zip(batch, decoded.token_ids, strict=True):
@@ -533,14 +545,14 @@ def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float) -> 
     chunk.text = re.sub(common.CONTROL, " ", tokenizer.decode(chunk.token_ids, skip_special_tokens=True)).strip()
 
 
-def is_left_out(chunk: Chunk, args: argparse.Namespace) -> bool:
+def is_left_out(chunk: Chunk, options: Options) -> bool:
     """Whether a decoded chunk is left out: the model finds no speech in it, or its text is nothing but a piece of the
     prompt, and perhaps nobody has spoken."""
-    if args.no_speech_threshold == 1:  # which keeps all
+    if options.no_speech_threshold == 1:  # which keeps all
         return False
-    text, prompt = (re.sub(r"\W", "", text) for text in (chunk.text, args.prompt))
+    text, prompt = (re.sub(r"\W", "", text) for text in (chunk.text, options.prompt))
     is_echo = text != "" and text in prompt and chunk.no_speech_prob > ECHO_NO_SPEECH_PROB
-    return chunk.no_speech_prob > args.no_speech_threshold or is_echo
+    return chunk.no_speech_prob > options.no_speech_threshold or is_echo
 
 
 def without_loop(ids: list[int]) -> list[int]:
@@ -553,21 +565,21 @@ def without_loop(ids: list[int]) -> list[int]:
 
 
 def hear_again(
-    recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, args: argparse.Namespace
+    recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, options: Options
 ) -> list[Chunk]:  # fmt: skip
     """The chunks, with two parts in the place of each that the model has not heard whole. Raises DeviceError.
 
     A part is left out if its text is unlikely; where none is kept, the chunk stays. Parts are not cut again: a third
     try made text of noise.
     """
-    halves = {chunk: halve(recognizer, chunk, place_s, args) for chunk in chunks if (place_s := place_to_cut(chunk))}
+    halves = {chunk: halve(recognizer, chunk, place_s, options) for chunk in chunks if (place_s := place_to_cut(chunk))}
     recognizer.lap("features")
-    recognize(recognizer, [part for parts in halves.values() for part in parts], batch_size, args)
+    recognize(recognizer, [part for parts in halves.values() for part in parts], batch_size, options)
     heard = []
     for chunk in chunks:
         parts = halves.get(chunk, [])
         for part in parts:
-            part.left_out = part.left_out or (part.avg_logprob < LOGPROB_LIMIT and args.no_speech_threshold < 1)
+            part.left_out = part.left_out or (part.avg_logprob < LOGPROB_LIMIT and options.no_speech_threshold < 1)
         chunk.recording.n_again += bool(parts)
         heard += parts if any(not part.left_out for part in parts) else [chunk]
     return heard
@@ -603,13 +615,13 @@ def place_to_cut(chunk: Chunk) -> float | None:
     return place_s if common.PAUSE_S <= place_s <= duration_s - common.PAUSE_S else None  # else a part is a scrap
 
 
-def halve(recognizer: common.Recognizer, chunk: Chunk, place_s: float, args: argparse.Namespace) -> list[Chunk]:
+def halve(recognizer: common.Recognizer, chunk: Chunk, place_s: float, options: Options) -> list[Chunk]:
     """The two parts of a chunk, ready to be decoded."""
     place, middle_s = round(place_s * common.SAMPLING_RATE), chunk.start + place_s
     first = Chunk(chunk.start, middle_s, chunk.waveform[:place], chunk.recording)
     second = Chunk(middle_s, chunk.end, chunk.waveform[place:], chunk.recording, is_last=chunk.is_last)
     for part in (first, second):
-        prepare(recognizer, part, args)
+        prepare(recognizer, part, options)
     return [first, second]
 
 

@@ -1,6 +1,6 @@
 """What the tests share: the tiny model, sound files, and the scripts as their users start them."""
-import argparse
 import atexit
+import dataclasses
 import functools
 import json
 import os
@@ -112,11 +112,11 @@ def recognizer() -> common.Recognizer:
     return common.load_model(MODEL, common.select_device("cpu"), torch.float32)
 
 
-def options_of(**changes) -> argparse.Namespace:
-    """The options of inference.py, all but the changed ones at their defaults."""
+def options_of(**changes) -> inference.Options:
+    """The options of inference.py on a CPU, all but the changed ones at their defaults."""
     args = inference.parse_arguments(["--audio", ""])
-    vars(args).update(changes)
-    return args
+    defaults = inference.Options(8, args.chunk_length, args.max_new_tokens, args.no_speech_threshold, args.prompt)
+    return dataclasses.replace(defaults, **changes)
 
 
 @pytest.fixture

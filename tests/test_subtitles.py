@@ -15,7 +15,7 @@ from tone_speech import KANA, SLOT_S, TONE_S, random_text, synthesize, tone
 
 import inference
 
-JSON = options_of(output_format="json", max_new_tokens=64)
+JSON = options_of(max_new_tokens=64)
 
 
 def timed_speech(rng: np.random.Generator) -> tuple[np.ndarray, str, list[float]]:

@@ -54,7 +54,7 @@ def test_chunks_of_several_files_fill_one_batch(corpus, recognizer):
 
 
 def test_chunk_length(corpus, transcribe):
-    [recording] = transcribe(corpus[0][1], chunk_length=4)
+    [recording] = transcribe(corpus[0][1], chunk_length_s=4)
     assert max(chunk.end - chunk.start for chunk in recording.chunks) <= 4 and text_of(recording) == corpus[1][1]
 
 

@@ -1,15 +1,12 @@
-"""Times of tokens against transformers' return_token_timestamps and openai/whisper's find_alignment, and their cost.
+"""Times of tokens against transformers' return_token_timestamps and openai/whisper's find_alignment.
 
     python3 tests/benchmarks/alignment.py                      # the tiny model, whose truth is known
-    python3 tests/benchmarks/alignment.py --cost random/       # the share of the run that they take; 6 GB
 
 openai/whisper is compared where `import whisper` finds it: `pip install --no-deps --target ow openai-whisper tiktoken`
 and PYTHONPATH=ow. All get the same weights and texts, and all heads: the others cannot choose any.
 """
 import argparse
-import statistics
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -20,9 +17,6 @@ TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 import common  # noqa: E402
 import test_subtitles  # noqa: E402
-from tone_speech import random_text, synthesize  # noqa: E402
-
-import inference  # noqa: E402
 
 NAMES = {
     "encoder_attn_layer_norm": "cross_attn_ln", "self_attn_layer_norm": "attn_ln", "final_layer_norm": "mlp_ln",
@@ -114,33 +108,7 @@ def compare(n: int) -> None:
         print(f"{name}: {type(error).__name__}: {common.first_line(error)}")
 
 
-def cost(folder: str, n_tokens: int, runs: int) -> None:
-    """The time of one chunk of 15 s with and without times, taking turns."""
-    device = common.select_device("cpu")
-    recognizer = common.endless(common.load_model(folder, device, common.select_dtype("auto", device)))
-    waveform = synthesize(random_text(np.random.default_rng(0), 40))[: 15 * 16_000]
-    taken = {"txt": [], "json": []}
-    for i in range(runs + 1):
-        for output_format, of_format in taken.items():
-            chunk = test_subtitles.chunk_to_decode(recognizer, waveform)
-            started = time.perf_counter()
-            args = test_subtitles.options_of(output_format=output_format, max_new_tokens=n_tokens)
-            inference.recognize(recognizer, [chunk], 1, args)
-            if i:
-                of_format.append(time.perf_counter() - started)
-    without, with_times = (statistics.median(of_kind) for of_kind in taken.values())
-    print(f"{recognizer.model.dtype}, {torch.get_num_threads()} threads, {n_tokens} tokens, medians of {runs}: "
-          f"{without:.3f} s without times, {with_times:.3f} s with: {with_times / without - 1:+.1%}")  # fmt: skip
-    started = time.perf_counter()
-    for _ in range(100):
-        inference.find_loud_frames(waveform)
-    print(f"loud frames, which txt computes too: {10 * (time.perf_counter() - started):.2f} ms")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cost", metavar="MODEL")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("-n", type=int, default=50, help="texts, or tokens of the chunk with --cost")
-    args = parser.parse_args()
-    cost(args.cost, args.n, args.runs) if args.cost else compare(args.n)
+    parser.add_argument("-n", type=int, default=50, help="texts")
+    compare(parser.parse_args().n)

@@ -98,9 +98,9 @@ def ours(models: Path, dtype: str, chunk_length_s: float):
 
     def run(path, chunks, n_tokens):
         n_tokens = round(n_tokens * chunk_length_s / 30) if len(chunks) > 1 else n_tokens
-        args = inference.parse_arguments(["--audio", path, "--chunk-length", str(chunk_length_s), "--batch-size",
-                                          str(BATCH_SIZE), "--max-new-tokens", str(n_tokens)])  # fmt: skip
-        [recording] = inference.transcribe(recognizer, [path], args, decode_again=False)
+        threshold = inference.NO_SPEECH_THRESHOLD
+        options = inference.Options(BATCH_SIZE, chunk_length_s, n_tokens, threshold, "", decode_again=False)
+        [recording] = inference.transcribe(recognizer, [path], options)
         return recording.n_tokens
 
     return run
