@@ -19,7 +19,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # Python leaves that out with -P and -I
@@ -37,10 +36,9 @@ STAGES = ("read and resample", "features", "copy to the device", "encoder", "dec
 # --- Command ---
 
 
-def numbers(kind: type, high: float) -> Callable[[str], list]:
-    """A type for argparse: numbers from 1 to high, with commas between them."""
-    parse = common.number(kind, 1, high)
-    return lambda text: [parse(part) for part in text.split(",")]
+def batch_sizes(text: str) -> list[int]:
+    """A type for argparse: numbers with commas between them."""
+    return [common.number(int, 1, 1024)(part) for part in text.split(",")]
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -51,10 +49,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--audio", nargs="+", action="extend", default=[], metavar="PATH",
         help="Audio files, which are decoded to the end of their text. (default: a sweep, which is a tone that rises "
         "from 200 to 800 Hz in 3 s)")  # fmt: skip
-    add("--batch-sizes", type=numbers(int, 1024), default=[], metavar="N,N...",
+    add("--batch-sizes", type=batch_sizes, default=[], metavar="N,N...",
         help="Measure batches of N windows of 30 s too.")  # fmt: skip
-    add("--durations", type=numbers(float, 36_000), default=[], metavar="S,S...",
-        help="Measure S seconds of sweeps too.")  # fmt: skip
     common.add_model_options(parser, max_new_tokens=128)
     add = parser.add_argument_group("measurement").add_argument
     add("--batch-size", type=count, metavar="N", help="How many chunks are decoded together. (default: 16, on a CPU 8)")
@@ -184,7 +180,6 @@ def measure_device(device: torch.device, args: argparse.Namespace) -> dict:
             inputs = [(endless, "sweep", [synthesize(f"{folder}/sweep.wav", 3)], batch_size)]
         window = synthesize(f"{folder}/window.wav", common.WINDOW_S)
         inputs += [(endless, f"batch of {n}", [window] * n, n) for n in args.batch_sizes]
-        inputs += [(endless, f"{s:g} s", [synthesize(f"{folder}/{s:g}.wav", s)], batch_size) for s in args.durations]
         rest = args.chunk_length, args.max_new_tokens, inference.NO_SPEECH_THRESHOLD, ""  # as inference.py's defaults
         measurements = [  # only real audio is decoded again
             measure(model, label, paths, inference.Options(n, *rest, decode_again=model is recognizer), args)
