@@ -371,24 +371,6 @@ def float32_attention(module, query, key, value, attention_mask, **options) -> t
     return context.to(query.dtype), weights
 
 
-def pack_linears(model: torch.nn.Module) -> None:
-    """Store the weights of a bfloat16 model in the order that the CPU reads fastest, and compute the encoder's GELU
-    together with the linear before it. The model cannot be moved to another device afterwards.
-
-    torch has no public functions for that; where it lacks these, nothing is done.
-    """
-    if not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return
-    pack, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-    with_gelu = {layer.fc1 for layer in model.model.encoder.layers}
-    for module in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
-        module.weight = torch.nn.Parameter(pack(module.weight.detach(), 1), requires_grad=False)
-        kind = "gelu" if module in with_gelu else "none"
-        module.forward = lambda x, m=module, kind=kind: linear(x, m.weight, m.bias, kind, [], "none")
-    for layer in model.model.encoder.layers:
-        layer.activation_fn = torch.nn.Identity()
-
-
 def load_weights(folder: str, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     """The model of a folder, from safetensors and without remote code. Raises ValueError where weights are missing."""
     import transformers
@@ -444,11 +426,8 @@ def load_model(
     except Exception as error:  # broken files raise OSError, ValueError, KeyError, SafetensorError and others
         raise SetupError(f"cannot load the model {name}: {first_line(error)} (is its folder complete?)") from error
     with device_errors(device):
-        model = model.to(device)
-        if device.type == "cpu" and dtype == torch.bfloat16:
-            pack_linears(model)
-        initial_tokens = torch.tensor(initial_tokens, device=device)
-        return Recognizer(model, extractor, tokenizer, initial_tokens, token_mask.to(device))
+        initial_tokens, token_mask = torch.tensor(initial_tokens, device=device), token_mask.to(device)
+        return Recognizer(model.to(device), extractor, tokenizer, initial_tokens, token_mask)
 
 
 # --- Audio: path -> waveform -> chunks ---

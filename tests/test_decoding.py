@@ -149,37 +149,12 @@ def test_a_prompt_that_cannot_be_used_is_one_line(prompt, words):
     assert "\n" not in str(caught.value)
 
 
-class TestCpuKernels:
-    """bfloat16 on a CPU, with attention and weights of our own."""
-
-    pytestmark = pytest.mark.skipif(
-        not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor does not compute bfloat16"
-    )
-
-    @pytest.fixture(autouse=True, params=[True, False], ids=["without AMX", "with AMX"])
-    def amx(self, request, monkeypatch):
-        """Both ways, whatever this processor has."""
-        monkeypatch.setattr(common, "needs_float32_attention", lambda device, dtype: request.param)
-
-    def test_the_encoder_is_as_exact_as_that_of_transformers(self):
-        from transformers import WhisperForConditionalGeneration
-
-        rng, fast = np.random.default_rng(0), load(MODEL, torch.bfloat16)
-        exact, stock = (WhisperForConditionalGeneration.from_pretrained(MODEL, dtype=dtype).eval().model.encoder
-                        for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
-        waveforms = [synthesize(random_text(rng, n, 6)) for n in (3, 12, 25)] + [rng.normal(0, 0.1, 480_000)]
-        for waveform in waveforms:
-            features = common.extract_features(fast.extractor, waveform.astype(np.float32))
-            with torch.inference_mode():
-                reference = exact(features).last_hidden_state
-                states = [common.encode(fast.model, features.bfloat16()), stock(features.bfloat16()).last_hidden_state]
-            errors = [((x - reference).norm() / reference.norm()).item() for x in states]
-            assert errors[0] <= 1.1 * errors[1] and 0.001 < errors[0] < 0.02
-
-    def test_the_text_is_that_of_float32(self):
-        waveforms, fast = [*map(synthesize, TEXTS)], load(MODEL, torch.bfloat16)
-        assert (fast.model.config._attn_implementation == "sdpa") != common.needs_float32_attention(None, None)
-        assert our_rows(fast, waveforms, 20) == our_rows(load(MODEL), waveforms, 20)
+@pytest.mark.parametrize("in_float32", [True, False])
+def test_attention_in_float32_or_not_the_text_in_bfloat16_is_that_of_float32(monkeypatch, in_float32):
+    monkeypatch.setattr(common, "needs_float32_attention", lambda device, dtype: in_float32 and dtype == torch.bfloat16)
+    waveforms, fast = [*map(synthesize, TEXTS)], load(MODEL, torch.bfloat16)
+    assert (fast.model.config._attn_implementation == "sdpa") != in_float32
+    assert our_rows(fast, waveforms, 20) == our_rows(load(MODEL), waveforms, 20)
 
 
 def test_the_libraries_have_nothing_to_warn_of(tmp_path):
