@@ -267,16 +267,18 @@ def transcribe_files(
 
 def count(recording: Recording, totals: Counter) -> None:
     """Add a recording to the totals, and say it where it failed or has no speech."""
-    totals.update(recordings=1, warnings=len(recording.warnings))
+    totals.update({"recordings": 1, "warnings": len(recording.warnings)})
     if recording.error is not None:
         totals["failed"] += 1
         common.notice(f"error: {recording.path}: {recording.error}")
         return
     kept = [chunk for chunk in recording.chunks if not chunk.left_out]
-    totals.update(audio_s=recording.duration, left_out=len(recording.chunks) - len(kept))
-    totals.update(again=recording.n_again)
-    totals.update(token_limit=sum(chunk.token_limit for chunk in kept), looping=sum(chunk.looping for chunk in kept))
-    totals.update(empty=sum(not chunk.text for chunk in kept))
+    totals.update({
+        "audio_s": recording.duration, "chunks decoded again": recording.n_again,
+        "chunks left out": len(recording.chunks) - len(kept), "chunks without text": sum(not c.text for c in kept),
+        "chunks cut off at the token limit": sum(c.token_limit for c in kept),
+        "chunks looping": sum(c.looping for c in kept),
+    })  # fmt: skip
     if not kept:
         why = "the model finds none" if recording.n_windows else "it is silence or steady sound"
         common.notice(f"{recording.path}: no speech: {why} (--no-speech-threshold 1 keeps all)")
@@ -290,13 +292,7 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
     if model is not None:
         line += f", {audio_s:.1f} s of audio in {taken_s:.1f} s ({audio_s / taken_s:.3g} times real time) on "
         line += f"{model.device} in {common.dtype_name(model.dtype)}, loaded in {load_s:.1f} s"
-    for name, one, rest in (
-        ("warnings", "warning", ""), ("again", "chunk", " decoded again"), ("left_out", "chunk", " left out"),
-        ("empty", "chunk", " in which the model writes nothing"),
-        ("token_limit", "chunk", " cut off at the token limit"), ("looping", "chunk", " looping"),
-    ):  # fmt: skip
-        line += f"; {totals[name]} {one}{'s' * (totals[name] != 1)}{rest}" if totals[name] else ""
-    return line
+    return line + "".join(f"; {name}: {n}" for name, n in totals.items() if n and name.startswith(("warn", "chunk")))
 
 
 # --- Inputs and outputs ---
@@ -559,8 +555,8 @@ def without_loop(ids: list[int]) -> list[int]:
     """Token ids without the repetitions at their end: a unit that comes three times or more is kept once."""
     n_repeated = 0
     for n in range(1, len(ids) // 3 + 1):
-        run = next((i for i in range(len(ids) - n) if ids[-1 - i] != ids[-1 - i - n]), len(ids) - n)
-        n_repeated = max(n_repeated, run if run >= 2 * n else 0)
+        n_same = next((i for i in range(len(ids) - n) if ids[-1 - i] != ids[-1 - i - n]), len(ids) - n)
+        n_repeated = max(n_repeated, n_same if n_same >= 2 * n else 0)
     return ids[: len(ids) - n_repeated]
 
 

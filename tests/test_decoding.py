@@ -128,7 +128,7 @@ def test_chunks_in_which_the_model_writes_nothing_are_counted(tmp_path, recogniz
     others = [i for i in range(recognizer.model.config.vocab_size) if i != recognizer.tokenizer.eos_token_id]
     name = variant(tmp_path / "model", changed(GENERATION, suppress_tokens=others, begin_suppress_tokens=None))
     status, out, err = infer("--audio", write(tmp_path / "a.wav", synthesize("こんにちは")), "--model", name)
-    assert (status, out) == (0, "") and err.endswith("; 1 chunk in which the model writes nothing\n")
+    assert (status, out) == (0, "") and err.endswith("; chunks without text: 1\n")
 
 
 def test_a_blank_prompt_is_none(recognizer):

@@ -140,11 +140,12 @@ def test_one_file_prints_its_text_and_nothing_else(audio, infer):
 
 
 def test_the_closing_line_says_what_is_not_zero():
-    totals = Counter(recordings=3, failed=1, skipped=1, audio_s=100.0, warnings=1, left_out=2, token_limit=1, looping=4)
+    totals = Counter(recordings=3, failed=1, skipped=1, audio_s=100.0, warnings=1)
+    totals |= {"chunks decoded again": 0, "chunks left out": 2, "chunks looping": 4}
     model = types.SimpleNamespace(device="npu:0", dtype=torch.float16)
     assert inference.closing_line(totals, 3.0, 8.0, model) == (
         "4 recordings, 1 failed, 1 skipped, 100.0 s of audio in 8.0 s (12.5 times real time) on npu:0 in float16, "
-        "loaded in 3.0 s; 1 warning; 2 chunks left out; 1 chunk cut off at the token limit; 4 chunks looping"
+        "loaded in 3.0 s; warnings: 1; chunks left out: 2; chunks looping: 4"
     )
 
 
@@ -327,7 +328,7 @@ def test_a_recording_fails_alone_and_a_damaged_one_has_a_warning(tmp_path, audio
     assert f"warning: {damaged}: {first['warnings'][0]}\n" in err
     assert "error: absent.wav: no such file" in err and f"error: {odd}: cannot be read (ZeroDivisionError: by)\n" in err
     assert re.search(r"error: .+bad\.wav: (not audio|no sound in it)", err)  # without ffmpeg, and with it
-    assert "5 recordings, 3 failed, " in err.splitlines()[-1] and "; 1 warning" in err.splitlines()[-1]
+    assert "5 recordings, 3 failed, " in err.splitlines()[-1] and "; warnings: 1" in err.splitlines()[-1]
 
 
 def test_an_output_that_cannot_be_written_whole_is_not_written_and_fails_its_file(tmp_path, audio, infer, monkeypatch):

@@ -113,7 +113,7 @@ def test_what_the_model_takes_for_no_speech_is_left_out_and_kept_in_the_json(tmp
     assert left_out == {"start": 0.0, "end": 2.1, "text": "こんにちは", "no_speech_prob": 0.8}
     said, closing = err.splitlines()
     assert said.endswith("a.wav: no speech: the model finds none (--no-speech-threshold 1 keeps all)")
-    assert closing.endswith("; 1 chunk left out")
+    assert closing.endswith("; chunks left out: 1")
     for kept in ("0.8", "1"):
         content = json.loads(infer("--audio", path, "-f", "json", "--no-speech-threshold", kept)[1])
         assert (content["text"], content["left_out"]) == ("こんにちは", [])

@@ -107,7 +107,7 @@ def main() -> int:
                 total.add(figures)
                 print(figures.row(name))
     print(total.row("together"))
-    print(*re.findall(r"\d+ chunks? decoded again", said), sep="\n")
+    print(*re.findall(r"chunks decoded again: \d+", said), sep="\n")
     return status
 
 
