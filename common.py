@@ -345,9 +345,9 @@ def start_sequence(generation, tokenizer, language: str, task: str) -> list[int]
     """
     languages = getattr(generation, "lang_to_id", None) or {}
     if f"<|{language}|>" not in languages:
-        known = " ".join(sorted(token.strip("<|>") for token in languages)) or "none: it is English only, or its " \
-            "generation_config.json is old, and that of its openai/whisper model must take its place"
-        raise SetupError(f"--language {language}: not a language of this model, which knows {known}")
+        known = " ".join(sorted(token.strip("<|>") for token in languages))
+        none = "none (it is English only, or needs the generation_config.json of its openai/whisper model)"
+        raise SetupError(f"--language {language}: not a language of this model, which knows {known or none}")
     ids = [generation.decoder_start_token_id, languages[f"<|{language}|>"], generation.task_to_id[task],
            generation.no_timestamps_token_id]  # fmt: skip
     names = ["<|startoftranscript|>", f"<|{language}|>", f"<|{task}|>", "<|notimestamps|>"]

@@ -397,7 +397,8 @@ def transcribe(
     stages are timed. Where the device fails, nothing that it returns can be believed: all recordings that have begun
     come with an error, and then DeviceError is raised.
     """
-    batch_size, chunks = options.batch_size, read_recordings(paths, recognizer, options)
+    batch_size = options.batch_size
+    chunks = read_recordings(paths, recognizer, options)
     # On a CPU both would compete for the cores.
     if recognizer.model.device.type != "cpu" and recognizer.lap is common.untimed:
         chunks = ahead(chunks, batch_size)
