@@ -36,17 +36,6 @@ N_POSITIONS = 448  # of every Whisper decoder
 START_LENGTH = 4  # the number of tokens in <|startoftranscript|>, language, task, <|notimestamps|>
 MAX_NEW_TOKENS = N_POSITIONS - START_LENGTH
 MAX_PROMPT_TOKENS = N_POSITIONS // 2 - 1  # as in openai/whisper
-CHECK_EVERY = 8  # tokens after which decoding asks whether all rows have ended
-CLAMPED_FLOAT16 = 64_504  # the largest float16 less 1000: WhisperEncoderLayer puts it in the place of what overflows
-LOUDEST_SAMPLE = 100.0  # 40 dB above full scale: samples beyond are integers written as floats, or damage
-LEVEL_HOP_S = 0.01  # from one measurement of loudness to the next
-PAUSE_S = 0.3  # longer than the silence inside a stop consonant or a small tsu, which is no pause
-STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # least variation of speech; the steadiest of 475 inputs has 4.9 dB
-STRETCH_S = 8  # a channel on which nothing moves for so long is left out of the mix if something moves on another
-MAX_BLOCK = 1 << 22  # samples of all channels that are read at once
-SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
-FAR_QUIETER = 100  # a factor of power: 20 dB
-CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # characters that end a line or steer a terminal
 
 
 class SetupError(Exception):
@@ -66,6 +55,8 @@ class AudioError(Exception):
 
 
 # --- Options and output ---
+
+CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # characters that end a line or steer a terminal
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -432,6 +423,15 @@ def load_model(
 
 # --- Audio: path -> waveform -> chunks ---
 
+LOUDEST_SAMPLE = 100.0  # 40 dB above full scale: samples beyond are integers written as floats, or damage
+MAX_BLOCK = 1 << 22  # samples of all channels that are read at once
+STRETCH_S = 8  # a channel on which nothing moves for so long is left out of the mix if something moves on another
+FAR_QUIETER = 100  # a factor of power: 20 dB
+STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # least variation of speech; the steadiest of 475 inputs has 4.9 dB
+LEVEL_HOP_S = 0.01  # from one measurement of loudness to the next
+PAUSE_S = 0.3  # longer than the silence inside a stop consonant or a small tsu, which is no pause
+SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
+
 
 @dataclass(eq=False)
 class Chunk:
@@ -690,6 +690,9 @@ def mean_squares(waveform: np.ndarray, rate: int, window_s: float) -> np.ndarray
 
 
 # --- Recognition: chunks -> token ids ---
+
+CHECK_EVERY = 8  # tokens after which decoding asks whether all rows have ended
+CLAMPED_FLOAT16 = 64_504  # the largest float16 less 1000: WhisperEncoderLayer puts it in the place of what overflows
 
 
 class Decoded(NamedTuple):

@@ -36,42 +36,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-AUDIO_EXTENSIONS = (  # what phones, recorders, meetings, television and corpora have; other files are to be named
-    ".3g2", ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".asf", ".au", ".avi", ".awb", ".caf", ".dss",
-    ".flac", ".flv", ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpeg", ".mpg",
-    ".mts", ".oga", ".ogg", ".opus", ".sph", ".ts", ".vob", ".w64", ".wav", ".webm", ".wma", ".wmv",
-)  # fmt: skip
-HIDDEN = r"[.$@].*|#recycle|lost[+]found"  # folders of programs and of what was thrown away
-FORMATS = ("txt", "srt", "vtt", "tsv", "json")
-UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
-COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
-NO_SPEECH_THRESHOLD = 0.7  # openai/whisper's 0.6 lost 6 whole sentences in 1162 inputs, this one 1 (tests/README.md)
-ECHO_NO_SPEECH_PROB = 0.3  # nearly all speech is below it; noise in which a prompt was echoed has 0.5 and more
-LOGPROB_LIMIT = -1.0  # openai/whisper's: below it a text is not to be believed
-UNHEARD_S = 1.0  # of loud sound without a character: shorter ones are coughs and chairs
-QUIETER_DB = 30  # a pause is more than this below the loudest part of a chunk or, in noise,
-NOISE_DB, VOICE_DB = 8, 12  # less than NOISE_DB above the noise and more than VOICE_DB below the loudest part
-FRAME_S = 0.02  # of the encoder's output
-CLICK_FRAMES = 5  # of which most are loud where someone speaks: keys and gusts are shorter
-N_HEADS = 10  # attention heads that are used, at most: the best number in arXiv 2509.09987
-FASTEST = 20  # characters in a second of speech: twice as many as anyone speaks
-LONGEST_UNIT_S = 2.0  # of loud sound; a character that takes longer shows that the alignment has missed text
-SHORT_PAUSE_S = 0.2  # separates characters; at 0.3 a sentence that follows after 0.1 s of silence is shown 0.2 s early
-LONG_PAUSE_S = 0.7  # ends a cue
-LINE_CELLS, CUE_LINES = 16, 2  # full-width characters in a line of a subtitle, and lines of it (Netflix: 13 to 16, 2)
-SHORTEST_CUE_S, LONGEST_CUE_S = 1.0, 7.0
-DEVOICED_END_S = 0.15  # added to the end of a cue: a devoiced last vowel is too faint to be found in noise
-SENTENCE_END = r"[。！？!?]+[。！？!?」』）】〉》”\"')\]]*|(?<=\w\w)(?<![A-Z]\w)[.]+[\"')\]”]*(?=\s|$)"  # not U.S.
-# Kinsoku (JIS X 4051), as far as it matters to subtitles
-NOT_FIRST = "、。，．・：；？！」』）】〉》ー々ゝゞぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ…‥〜～,.:;?!)]}%”’ﾞﾟｰ､｡｣･"
-NOT_LAST = "「『（【〈《([{“‘｢\u200d"  # a zero-width joiner too
-JOINED = ("Mn", "Mc", "Me", "Cf", "Sk")  # Unicode categories of what changes the character before
-SPACED = r"[!-\u0dff\u10a0-\u1cff\u1e00-\u2fff\uac00-\ud7a3]"  # of scripts that put spaces between words
-PHRASE_END = "(?![おごりしきけち])[ぁ-ん][^ぁ-ん]|を."  # hiragana before another script, but not in お|客 or 売り|上げ
-COMPOUND = r"[\u3400-\u9fff々]{2}|[ァ-ヴー]{2}"  # two kanji or two katakana
-START_TIMEOUT = timedelta(minutes=1)  # in which the processes of torchrun, which starts them together, find each other
-END_TIMEOUT = timedelta(days=30)  # in which all of them have ended
-
 
 @dataclass(frozen=True)
 class Options:
@@ -135,6 +99,11 @@ class Chunk(common.Chunk):
 
 
 # --- Command ---
+
+START_TIMEOUT = timedelta(minutes=1)  # in which the processes of torchrun, which starts them together, find each other
+END_TIMEOUT = timedelta(days=30)  # in which all of them have ended
+FORMATS = ("txt", "srt", "vtt", "tsv", "json")
+NO_SPEECH_THRESHOLD = 0.7  # openai/whisper's 0.6 lost 6 whole sentences in 1162 inputs, this one 1 (tests/README.md)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -297,6 +266,13 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
 
 # --- Inputs and outputs ---
 
+AUDIO_EXTENSIONS = (  # what phones, recorders, meetings, television and corpora have; other files are to be named
+    ".3g2", ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".asf", ".au", ".avi", ".awb", ".caf", ".dss",
+    ".flac", ".flv", ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpeg", ".mpg",
+    ".mts", ".oga", ".ogg", ".opus", ".sph", ".ts", ".vob", ".w64", ".wav", ".webm", ".wma", ".wmv",
+)  # fmt: skip
+HIDDEN = r"[.$@].*|#recycle|lost[+]found"  # folders of programs and of what was thrown away
+
 
 def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Recording], list[str]]:
     """The files to transcribe, each with its path below the folder given; those that cannot be; and lines that say what
@@ -385,6 +361,15 @@ def plan_outputs(inputs: dict[str, str], args: argparse.Namespace, several: bool
 
 
 # --- Recognition: recordings -> chunks -> batches -> texts ---
+
+COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
+ECHO_NO_SPEECH_PROB = 0.3  # nearly all speech is below it; noise in which a prompt was echoed has 0.5 and more
+LOGPROB_LIMIT = -1.0  # openai/whisper's: below it a text is not to be believed
+UNHEARD_S = 1.0  # of loud sound without a character: shorter ones are coughs and chairs
+FRAME_S = 0.02  # of the encoder's output
+QUIETER_DB = 30  # a pause is more than this below the loudest part of a chunk or, in noise,
+NOISE_DB, VOICE_DB = 8, 12  # less than NOISE_DB above the noise and more than VOICE_DB below the loudest part
+CLICK_FRAMES = 5  # of which most are loud where someone speaks: keys and gusts are shorter
 
 
 def transcribe(
@@ -624,6 +609,11 @@ def halve(recognizer: common.Recognizer, chunk: Chunk, place_s: float, options: 
 
 # --- Times: cross-attention -> when each character is spoken ---
 
+N_HEADS = 10  # attention heads that are used, at most: the best number in arXiv 2509.09987
+FASTEST = 20  # characters in a second of speech: twice as many as anyone speaks
+LONGEST_UNIT_S = 2.0  # of loud sound; a character that takes longer shows that the alignment has missed text
+SHORT_PAUSE_S = 0.2  # separates characters; at 0.3 a sentence that follows after 0.1 s of silence is shown 0.2 s early
+
 
 def force_texts(
     recognizer: common.Recognizer, encoded: torch.Tensor, token_ids: list[list[int]]
@@ -758,6 +748,19 @@ def spread(frames: np.ndarray, n: int) -> np.ndarray:
 
 # --- Cues: texts and times -> what people can read ---
 
+LONG_PAUSE_S = 0.7  # ends a cue
+LINE_CELLS, CUE_LINES = 16, 2  # full-width characters in a line of a subtitle, and lines of it (Netflix: 13 to 16, 2)
+SHORTEST_CUE_S, LONGEST_CUE_S = 1.0, 7.0
+DEVOICED_END_S = 0.15  # added to the end of a cue: a devoiced last vowel is too faint to be found in noise
+SENTENCE_END = r"[。！？!?]+[。！？!?」』）】〉》”\"')\]]*|(?<=\w\w)(?<![A-Z]\w)[.]+[\"')\]”]*(?=\s|$)"  # not U.S.
+# Kinsoku (JIS X 4051), as far as it matters to subtitles
+NOT_FIRST = "、。，．・：；？！」』）】〉》ー々ゝゞぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ…‥〜～,.:;?!)]}%”’ﾞﾟｰ､｡｣･"
+NOT_LAST = "「『（【〈《([{“‘｢\u200d"  # a zero-width joiner too
+JOINED = ("Mn", "Mc", "Me", "Cf", "Sk")  # Unicode categories of what changes the character before
+SPACED = r"[!-\u0dff\u10a0-\u1cff\u1e00-\u2fff\uac00-\ud7a3]"  # of scripts that put spaces between words
+PHRASE_END = "(?![おごりしきけち])[ぁ-ん][^ぁ-ん]|を."  # hiragana before another script, but not in お|客 or 売り|上げ
+COMPOUND = r"[\u3400-\u9fff々]{2}|[ァ-ヴー]{2}"  # two kanji or two katakana
+
 
 @dataclass
 class Cue:
@@ -863,6 +866,8 @@ def cells(text: str) -> float:
 
 
 # --- Output ---
+
+UNSPACED_LANGUAGES = ("ja", "zh", "yue", "th", "lo", "my")  # as in openai/whisper
 
 
 def deliver(recording: Recording, outputs: list[str], stdout_format: str, language: str) -> None:
