@@ -271,7 +271,7 @@ AUDIO_EXTENSIONS = (  # what phones, recorders, meetings, television and corpora
     ".flac", ".flv", ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpeg", ".mpg",
     ".mts", ".oga", ".ogg", ".opus", ".sph", ".ts", ".vob", ".w64", ".wav", ".webm", ".wma", ".wmv",
 )  # fmt: skip
-HIDDEN = r"[.$@].*|#recycle|lost[+]found"  # folders of programs and of what was thrown away
+HIDDEN = r"[.$@~].*|#recycle|#snapshot|lost[+]found"  # folders of programs, disks, and what was thrown away
 
 
 def find_audio(arguments: list[str]) -> tuple[dict[str, str], list[Recording], list[str]]:
