@@ -155,7 +155,7 @@ def test_a_bang_does_not_hide_the_speech(tmp_path, transcribe):
     speech = 0.02 * synthesize("こんにちは、さようなら")
     noise = np.random.default_rng(0).normal(0, 0.3, 4_800)
     path = write(tmp_path / "a.wav", np.concatenate([noise, speech]))
-    [recording] = transcribe(path, output_format="json")
+    [recording] = transcribe(path)
     cues = inference.cues_of(recording)
     assert sum(cue.end - cue.start for cue in cues) > 0.8 * len(speech) / 16_000
 
@@ -291,7 +291,7 @@ def test_lines_break_between_words(monkeypatch):
 
 def test_a_cue_is_cut_at_a_long_pause_ends_with_the_speech_and_stays_a_second(tmp_path, transcribe):
     text = "こんにちは、、き、、さようなら"
-    [recording] = transcribe(write(tmp_path / "a.wav", synthesize(text, pause_s=1.0)), output_format="json")
+    [recording] = transcribe(write(tmp_path / "a.wav", synthesize(text, pause_s=1.0)))
     first, short, last = inference.cues_of(recording)
     assert (first.text, short.text, last.text) == tuple(re.split("、+", text))
     assert first.start == pytest.approx(0.1, abs=0.1) and first.end == pytest.approx(0.1 + 5 * SLOT_S, abs=0.2)
