@@ -426,8 +426,8 @@ def load_model(
 LOUDEST_SAMPLE = 100.0  # 40 dB above full scale: samples beyond are integers written as floats, or damage
 MAX_BLOCK = 1 << 22  # samples of all channels that are read at once
 STRETCH_S = 8  # a channel on which nothing moves for so long is left out of the mix if something moves on another
-FAR_QUIETER = 100  # a factor of power: 20 dB
 STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # least variation of speech; the steadiest of 475 inputs has 4.9 dB
+SHORTEST_STEADY_S = 2  # a word that is cut out tightly can be steady for 1.5 s
 LEVEL_HOP_S = 0.01  # from one measurement of loudness to the next
 PAUSE_S = 0.3  # longer than the silence inside a stop consonant or a small tsu, which is no pause
 SHORTEST_TAIL_S = 1.0  # Whisper invents text for a scrap of speech
@@ -604,8 +604,8 @@ def warn_of_bytes(file, head: bytes, read_to: int, warn: Callable[[str], None]) 
     size, declared = os.fstat(file.fileno()).st_size, 0
     if re.match(b"RIFF....WAVE|FORM....AIF", head, re.DOTALL):
         length = int.from_bytes(head[4:8], "little" if head[:1] == b"R" else "big")
-        # Before they know it, recorders write 0, the header's length, or a little less than the largest number.
-        declared = 8 + length if length > 36 and length % (1 << 31) < (1 << 31) - (1 << 12) else 0
+        # Programs that do not know it yet write 0, the header's length, or 0x7F000000 and more, as sox does to a pipe.
+        declared = 8 + length if 36 < length < 0x7F000000 else 0
     if declared - size > 1 << 12:
         warn(f"{declared - size} bytes that its header declares are missing at the end")
     if (end := max(read_to, declared)) and size - end > 1 << 16:
@@ -616,35 +616,41 @@ def mix_down(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np
     """STRETCH_S blocks in one, the channels mixed: (sampling rate, (n_channels, n)) to (sampling rate, (n,) float32).
 
     A channel of silence, hum, hiss or timecode is left out where somebody may speak on another one. A stretch in which
-    nothing moves on any channel is mixed like the one before it.
+    nothing moves on any channel is mixed like the one before it. The end of a recording, where it is too short to tell
+    whether it is steady, belongs to the stretch before it.
     """
     blocks, moving = iter(blocks), slice(None)
-    while stretch := list(itertools.islice(blocks, STRETCH_S)):
-        rate, channels = stretch[0][0], np.concatenate([block for _, block in stretch], axis=1)
-        if len(channels) > 1 and channels.shape[1] >= rate:  # less than a second is too short to tell
+    stretch = list(itertools.islice(blocks, STRETCH_S))
+    while stretch:
+        rate, following = stretch[0][0], list(itertools.islice(blocks, STRETCH_S))
+        if sum(block.shape[1] for _, block in following) < SHORTEST_STEADY_S * rate:
+            stretch, following = stretch + following, []
+        channels = np.concatenate([block for _, block in stretch], axis=1)
+        if len(channels) > 1:
             step = max(1, rate // SAMPLING_RATE)  # fewer samples have the same level
             found = [i for i, samples in enumerate(channels) if not is_steady(samples[::step], rate // step)]
             moving = found or moving
         yield rate, mix(channels[moving])
+        stretch = following
 
 
 def mix(channels: np.ndarray) -> np.ndarray:
-    """The mean of channels, (n_channels, n) to (n,), or the loudest one where they cancel out: where the mean is far
-    quieter."""
+    """The mean of channels, (n_channels, n) to (n,), or the loudest one where they cancel out: where the mean has less
+    than half of the power that it has where the channels have nothing in common."""
     mean = channels.mean(0)
     slopes = map(np.diff, (mean, *channels))  # these weigh speech more than a low hum
     mean_power, *powers = [np.dot(slope, slope) for slope in slopes]
-    return mean if mean_power >= max(powers) / FAR_QUIETER else channels[np.argmax(powers)]
+    return mean if mean_power >= sum(powers) / len(channels) ** 2 / 2 else channels[np.argmax(powers)]
 
 
 def is_steady(waveform: np.ndarray, rate: int) -> bool:
     """Whether a waveform is so steady that nobody speaks in it, however loud it is: silence, hum, noise.
 
-    Less than a second is too short to tell, unless it is digital silence.
+    Less than SHORTEST_STEADY_S is too short to tell, unless it is digital silence.
     """
     levels = mean_squares(waveform, rate, STEADY_WINDOW_S)
     steady = levels.max() <= np.percentile(levels, 10) * 10 ** (STEADY_DB / 10)
-    return bool(steady and (len(waveform) >= rate or levels.max() == 0))
+    return bool(steady and (len(waveform) >= SHORTEST_STEADY_S * rate or levels.max() == 0))
 
 
 def split_at_pauses(

@@ -519,8 +519,9 @@ def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float) -> 
     eos = tokenizer.eos_token_id
     data = tokenizer.decode(ids, skip_special_tokens=True).strip().encode()
     chunk.compression_ratio = len(data) / len(zlib.compress(data))
-    chunk.looping = chunk.compression_ratio > COMPRESSION_RATIO_LIMIT
     chunk.token_limit = ids[-1] != eos
+    # A text that ends by itself is kept whole: people repeat themselves.
+    chunk.looping = chunk.token_limit and chunk.compression_ratio > COMPRESSION_RATIO_LIMIT
     chunk.no_speech_prob = no_speech_prob
     ids = [i for i in ids if i != eos]
     chunk.token_ids = [*(without_loop(ids) if chunk.looping else ids), eos]
