@@ -347,27 +347,36 @@ def start_sequence(generation, tokenizer, language: str, task: str) -> list[int]
     return ids
 
 
-def needs_float32_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention is computed in float32: in bfloat16, torch's is slow on a CPU that does not have AMX."""
+def needs_cpu_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention is cpu_attention: torch's own is slow in bfloat16 on a CPU that does not have AMX."""
     return device.type == "cpu" and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
 
 
-def float32_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
-    """Attention as transformers asks for it, in float32: (batch, n_heads, n, head_dim) each to (batch, n, n_heads,
-    head_dim)."""
+def cpu_attention(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
+    """Attention as transformers asks for it: (batch, n_heads, n, head_dim) each to (batch, n, n_heads, head_dim).
+
+    In the encoder one head after another, so that its scores stay in the processor's cache; in the decoder in float32.
+    The queries are scaled already, as in all of Whisper.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    states = query.float(), key.float(), value.float()
-    context, weights = sdpa_attention_forward(module, *states, attention_mask, **options)
-    return context.to(query.dtype), weights
+    if module.is_causal or query.shape[2] < key.shape[2]:
+        states = query.float(), key.float(), value.float()
+        context, weights = sdpa_attention_forward(module, *states, attention_mask, **options)
+        return context.to(query.dtype), weights
+    context, scores = torch.empty_like(query), query.new_empty(query.shape[2], key.shape[2])
+    for q, k, v, out in zip(*(states.flatten(0, 1) for states in (query, key, value, context)), strict=True):
+        torch.softmax(torch.mm(q, k.T, out=scores), -1, out=scores)
+        torch.mm(scores, v, out=out)
+    return context.transpose(1, 2), None
 
 
 def load_weights(folder: str, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     """The model of a folder, from safetensors and without remote code. Raises ValueError where weights are missing."""
     import transformers
 
-    transformers.AttentionInterface.register("float32_attention", float32_attention)
-    transformers.AttentionMaskInterface.register("float32_attention", transformers.masking_utils.sdpa_mask)
+    transformers.AttentionInterface.register("cpu_attention", cpu_attention)
+    transformers.AttentionMaskInterface.register("cpu_attention", transformers.masking_utils.sdpa_mask)
     model, report = transformers.WhisperForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
     )
@@ -403,7 +412,7 @@ def load_model(
         except Exception as error:  # transformers gives a false reason: it asks for the library protobuf
             raise ValueError("its tokenizer.json or tokenizer_config.json is missing or broken") from error
         initial_tokens = prompt_tokens(tokenizer, prompt) + start_sequence(generation, tokenizer, language, task)
-        model = load_weights(folder, dtype, "float32_attention" if needs_float32_attention(device, dtype) else "sdpa")
+        model = load_weights(folder, dtype, "cpu_attention" if needs_cpu_attention(device, dtype) else "sdpa")
         config = model.config
         shape = extract_features(extractor, np.zeros(1, np.float32)).shape[1:]
         if shape != (needed := (config.num_mel_bins, 2 * config.max_source_positions)):
@@ -777,7 +786,7 @@ def decode(
         logits = model.proj_out(hidden[:, -START_LENGTH :: START_LENGTH - 1]).float()
         if i == 0:
             no_speech_probs = logits[:, 0].softmax(-1).index_select(1, recognizer.initial_tokens[-1:] - 1)[:, 0]
-            if needs_float32_attention(model.device, model.dtype):  # then once, not at every token
+            if needs_cpu_attention(model.device, model.dtype):  # then once, not at every token
                 for layer in cache.cross_attention_cache.layers:
                     layer.keys, layer.values = layer.keys.float(), layer.values.float()
         chosen.append((logits[:, -1] + token_mask[min(i, 1)]).max(-1))

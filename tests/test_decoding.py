@@ -149,12 +149,28 @@ def test_a_prompt_that_cannot_be_used_is_one_line(prompt, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("in_float32", [True, False])
-def test_attention_in_float32_or_not_the_text_in_bfloat16_is_that_of_float32(monkeypatch, in_float32):
-    monkeypatch.setattr(common, "needs_float32_attention", lambda device, dtype: in_float32 and dtype == torch.bfloat16)
+@pytest.mark.parametrize("own", [True, False])
+def test_with_either_attention_the_text_in_bfloat16_is_that_of_float32(monkeypatch, own):
+    monkeypatch.setattr(common, "needs_cpu_attention", lambda device, dtype: own and dtype == torch.bfloat16)
     waveforms, fast = [*map(synthesize, TEXTS)], load(MODEL, torch.bfloat16)
-    assert (fast.model.config._attn_implementation == "sdpa") != in_float32
+    assert (fast.model.config._attn_implementation == "cpu_attention") == own
     assert our_rows(fast, waveforms, 20) == our_rows(load(MODEL), waveforms, 20)
+
+
+def test_the_encoder_in_bfloat16_is_as_exact_as_that_of_transformers(monkeypatch):
+    from transformers import WhisperForConditionalGeneration
+
+    monkeypatch.setattr(common, "needs_cpu_attention", lambda device, dtype: True)
+    rng, fast = np.random.default_rng(0), load(MODEL, torch.bfloat16)
+    exact, stock = (WhisperForConditionalGeneration.from_pretrained(MODEL, dtype=dtype).eval().model.encoder
+                    for dtype in (torch.float32, torch.bfloat16))  # fmt: skip
+    for waveform in [*(synthesize(random_text(rng, n, 6)) for n in (3, 25)), rng.normal(0, 0.1, 480_000)]:
+        features = common.extract_features(fast.extractor, waveform.astype(np.float32))
+        with torch.inference_mode():
+            reference = exact(features).last_hidden_state
+            states = [common.encode(fast.model, features.bfloat16()), stock(features.bfloat16()).last_hidden_state]
+        errors = [((x - reference).norm() / reference.norm()).item() for x in states]
+        assert errors[0] <= 1.1 * errors[1] and 0.001 < errors[0] < 0.02
 
 
 def test_the_libraries_have_nothing_to_warn_of(tmp_path):
