@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -436,6 +437,7 @@ LOUDEST_SAMPLE = 100.0  # 40 dB above full scale: samples beyond are integers wr
 MAX_BLOCK = 1 << 22  # samples of all channels that are read at once
 STRETCH_S = 8  # a channel on which nothing moves for so long is left out of the mix if something moves on another
 STEADY_DB, STEADY_WINDOW_S = 3, 0.1  # least variation of speech; the steadiest of 475 inputs has 4.9 dB
+QUIET = 1e-6  # a mean square, -60 dBFS: Whisper's features are cut off not far below
 SHORTEST_STEADY_S = 2  # a word that is cut out tightly can be steady for 1.5 s
 LEVEL_HOP_S = 0.01  # from one measurement of loudness to the next
 PAUSE_S = 0.3  # longer than the silence inside a stop consonant or a small tsu, which is no pause
@@ -458,26 +460,75 @@ def read_chunks(path: str, chunk_length_s: float, warn: Callable[[str], None]) -
     """
     import librosa
 
-    blocks = read_blocks(path, warn)
-    rate, block = next(blocks)
-    blocks = itertools.chain([block], (block for _, block in blocks))
-    for first, waveform in split_at_pauses(blocks, rate, chunk_length_s):
-        start, end = first / rate, (first + len(waveform)) / rate
-        if rate != SAMPLING_RATE:
-            waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
-        yield Chunk(start, end, waveform[: WINDOW_S * SAMPLING_RATE])  # rounding may add a sample
+    n_read, loudest = 0, 0.0  # samples, and the greatest mean square of what may be speech
+    with open_sound(path, warn) as sound:
+        for waveform in split_at_pauses(mix_down(sound.blocks(), sound.rate), sound.rate, chunk_length_s):
+            start, n_read = n_read / sound.rate, n_read + len(waveform)
+            if sound.rate != SAMPLING_RATE:
+                waveform = librosa.resample(waveform, orig_sr=sound.rate, target_sr=SAMPLING_RATE)
+            waveform = waveform[: WINDOW_S * SAMPLING_RATE]  # rounding may add a sample
+            if loudest < QUIET and not is_steady(waveform, SAMPLING_RATE):
+                loudest = max(loudest, mean_squares(waveform, SAMPLING_RATE, STEADY_WINDOW_S).max())
+            yield Chunk(start, n_read / sound.rate, waveform)
+    if 0 < loudest < QUIET:
+        warn(f"very quiet, {10 * math.log10(loudest):.0f} dBFS where it is loudest: amplify it, or words may be lost")
 
 
-def read_blocks(path: str, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of a recording, mixed down, block by block: (sampling rate in Hz, (n,) float32), at least once.
+class Sound:
+    """A recording that libsndfile reads once, from its beginning on."""
 
-    warn is called with one line for what may be lost. Raises AudioError.
+    def __init__(self, source) -> None:
+        """source is an open file or a pipe. Raises LibsndfileError where libsndfile does not know the format."""
+        self.decoder = soundfile.SoundFile(source.fileno(), closefd=False)
+        self.decoder.seekable = lambda: False  # else soundfile seeks after every read, and MP3 is wrong for 40 ms
+        self.rate, n_frames = self.decoder.samplerate, self.decoder.frames  # rate in Hz
+        is_known = self.decoder.format != "MP3" and n_frames < 1 << 40  # in MP3 it may be an estimate
+        self.declared_s = n_frames / self.rate if is_known else 0.0  # 0: not known
+        self.read_s, self.problem = 0.0, ""  # how much of it has been read, and one line for what may be lost
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The samples second by second, up to a damage: (n_channels, n) float32. Raises AudioError for what is none."""
+        n = min(self.rate, MAX_BLOCK // self.decoder.channels)
+        left = self.decoder.frames if self.decoder.format == "FLAC" else math.inf  # what follows is not the sound's
+        try:
+            while len(block := self.decoder.read(min(n, left), "float32", always_2d=True)):
+                left -= len(block)
+                self.read_s += len(block) / self.rate
+                channels = np.ascontiguousarray(block.T)  # their mean takes a tenth of the time
+                if not (loudest := max(channels.max(), -channels.min())) <= LOUDEST_SAMPLE:  # or NaN
+                    raise AudioError(f"samples of {loudest:g} where 1 is full scale")
+                yield channels
+        except soundfile.LibsndfileError as error:
+            self.problem = f"damaged after {self.read_s:.0f} s ({error.error_string.rstrip('.')})"
+
+
+@contextlib.contextmanager
+def open_sound(path: str, warn: Callable[[str], None]) -> Iterator[Sound]:
+    """A recording to be read: by libsndfile if it is WAV, AIFF or FLAC or there is no ffmpeg, else by that program.
+
+    At the end warn is called with one line for what may be lost. Raises AudioError.
     """
     check_file(path)
     try:
         with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            yield from mix_down(read_channels(path, file, warn))
+            size, head = os.fstat(file.fileno()).st_size, os.pread(file.fileno(), 12, 0)
+            has_ffmpeg = shutil.which("ffmpeg") is not None
+            problem = "a format for ffmpeg"
+            if re.match(b"RIFF|FORM|fLaC", head) or not has_ffmpeg:
+                problem = libsndfile_problem(file)
+            if problem and not has_ffmpeg:
+                remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
+                raise AudioError(f"not audio that libsndfile reads ({problem}); {remedy}")
+            with read_with_ffmpeg(path, head, warn) if problem else contextlib.nullcontext(Sound(file)) as sound:
+                yield sound
+            if sound.read_s == 0:
+                raise AudioError(sound.problem or "no samples in it")
+            if sound.declared_s - sound.read_s > 1:
+                seconds = f"{sound.read_s:.0f} of the {sound.declared_s:.0f} s that it declares"
+                sound.problem = f"cut off or damaged: its sound has {seconds}"
+            if sound.problem:
+                warn(sound.problem)
+            warn_of_bytes(file, head, warn)
             if (new_size := os.fstat(file.fileno()).st_size) != size:
                 warn(f"it had {size} bytes and now has {new_size}: it is still being written, and more may follow")
     except OSError as error:
@@ -495,90 +546,41 @@ def check_file(path: str) -> None:
         raise AudioError("empty (0 bytes)")
 
 
-def read_channels(path: str, file, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples of an open file, second by second: (sampling rate in Hz, (n_channels, n) float32), at least once.
-
-    libsndfile reads WAV, AIFF and FLAC. The ffmpeg program reads everything else; without it, libsndfile reads what it
-    knows. Raises AudioError.
-    """
-    head, has_ffmpeg = os.pread(file.fileno(), 12, 0), shutil.which("ffmpeg") is not None
-    n_read, problem = 0, "it has no samples"  # unless something else is found
-    if re.match(b"RIFF|FORM|fLaC", head) or not has_ffmpeg:
-        try:
-            with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
-                for rate, block in sound_blocks(sound):
-                    n_read += block.shape[1]
-                    yield rate, block
-                if n_read and sound.samplerate < sound.frames - n_read < 1 << 40:  # above, it is not known
-                    warn(cut_off(n_read / rate, sound.frames / rate))
-        except soundfile.LibsndfileError as error:
-            problem = error.error_string.rstrip(".")
-            if n_read:
-                warn(f"damaged after {n_read / rate:.0f} s ({problem}): what follows is lost")
-    if n_read:
-        warn_of_bytes(file, head, file.tell(), warn)
-    elif has_ffmpeg:
-        yield from ffmpeg_blocks(path, head, warn)
-        warn_of_bytes(file, head, 0, warn)
-    else:
-        remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
-        raise AudioError(f"not audio that libsndfile reads ({problem}); {remedy}")
+def libsndfile_problem(file) -> str:
+    """Why libsndfile cannot read an open file; empty where it can."""
+    try:
+        with soundfile.SoundFile(file.fileno(), closefd=False) as decoder:
+            if (decoder.format, decoder.subtype) == ("W64", "PCM_32"):
+                return "in W64 it takes 32-bit floats for integers"
+            return "" if decoder.frames else "it has no samples"
+    except soundfile.LibsndfileError as error:
+        return error.error_string.rstrip(".")
+    finally:
+        file.seek(0)
 
 
-def sound_blocks(sound: soundfile.SoundFile) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples that libsndfile reads, second by second: (sampling rate in Hz, (n_channels, n) float32).
-
-    Raises AudioError for what is no audio, and LibsndfileError where the file is damaged.
-    """
-    sound.seekable = lambda: False  # else soundfile seeks after every read, and MP3 is wrong for 40 ms
-    n = min(sound.samplerate, MAX_BLOCK // sound.channels)
-    left = sound.frames if sound.format == "FLAC" else math.inf  # in FLAC it would read on into what follows
-    while len(block := sound.read(min(n, left), "float32", always_2d=True)):
-        left -= len(block)
-        channels = np.ascontiguousarray(block.T)  # one after another, a mean over them takes a tenth of the time
-        if not (loudest := max(channels.max(), -channels.min())) <= LOUDEST_SAMPLE:
-            samples = f"samples of {loudest:g} where 1 is full scale" if loudest < np.inf else "NaN or infinite samples"
-            raise AudioError(samples)
-        yield sound.samplerate, channels
-
-
-def ffmpeg_blocks(path: str, head: bytes, warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
-    """The samples that the ffmpeg program reads, second by second: (sampling rate in Hz, (n_channels, n) float32).
-
-    Its exit status decides: what it says of a recording that it could read is a warning. Raises AudioError.
-    """
-    rate, n_read = 1, 0
+@contextlib.contextmanager
+def read_with_ffmpeg(path: str, head: bytes, warn: Callable[[str], None]) -> Iterator[Sound]:
+    """What the ffmpeg program makes of a recording whose first bytes are head. Raises AudioError."""
+    sound = None
     with tempfile.TemporaryFile() as messages:  # a pipe that nobody reads could block ffmpeg
         with (
             subprocess.Popen(ffmpeg_command(path, head), stdout=subprocess.PIPE, stderr=messages) as process,
             contextlib.suppress(soundfile.LibsndfileError),  # nothing came: ffmpeg says why
-            soundfile.SoundFile(process.stdout.fileno(), closefd=False) as sound,
         ):
-            for rate, block in sound_blocks(sound):
-                n_read += block.shape[1]
-                yield rate, block
+            sound = Sound(process.stdout)
+            yield sound
         messages.seek(0)
         log = messages.read().decode(errors="replace").strip()
-    # What is said of tags and by the codecs of pictures is no loss of sound.
-    pictures = "|".join(re.findall(r"\[info\] +Stream #.* Video: (\w+)", log)) or "none"
-    no_loss = rf"\[(?:{pictures}) @|\[error\] (?:Incorrect BOM|Error reading)"
-    errors = re.findall(rf"^(?!{no_loss})(.*)\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
-    said = "".join(errors[0]) if errors else log.rpartition("\n")[2]
-    if n_read == 0:
-        raise AudioError(f"no sound in it that ffmpeg can read ({said or 'it does not say why'})")
-    if process.returncode != 0:
-        warn(f"ffmpeg broke off after {n_read / rate:.0f} s: {said}")
-    elif (declared_s := declared_duration(log)) - n_read / rate > 1:
-        warn(cut_off(n_read / rate, declared_s))
-    elif errors:
-        warn(f"ffmpeg says: {said}")
+    judge_ffmpeg(sound, process.returncode, log, warn)
 
 
 def ffmpeg_command(path: str, head: bytes) -> list[str]:
     """The command that makes AU, which libsndfile reads from a pipe, of a recording whose first bytes are head."""
     # async=1 fills gaps of the clock with silence, but drops sound where the clock stands or steps back: so each frame
-    # begins when the clock says or, if that is later, at the end of the frame before, which is kept in variable 0.
-    filters = "asetpts='st(1,max(PTS,ld(0)));st(0,ld(1)+S/SR/TB);ld(1)',aresample=async=1"
+    # begins when the clock says or, if that is later, at the end of the frame before, which is kept in variable 0. What
+    # begins within 0.05 s begins at once: codecs need a start, which older versions of ffmpeg leave in the clock.
+    filters = "asetpts='st(1,max(PTS*gt(T,0.05),ld(0)));st(0,ld(1)+S/SR/TB);ld(1)',aresample=async=1"
     # In MP4 and Matroska this keeps the silence before a sound that begins later than the picture; in broadcast streams
     # it would repeat sound where the format changes.
     if re.match(rb"....ftyp|\x1aE\xdf\xa3", head, re.DOTALL):
@@ -590,25 +592,51 @@ def ffmpeg_command(path: str, head: bytes) -> list[str]:
     return [*command, "-f", "au", "-flush_packets", "0", "pipe:1"]  # to flush each packet takes a tenth more time
 
 
+def judge_ffmpeg(sound: Sound | None, status: int, log: str, warn: Callable[[str], None]) -> None:
+    """Set what is known of a sound when ffmpeg has ended: the seconds that it declares, and what may be lost.
+
+    The exit status decides: what ffmpeg says of a recording that it could read is a warning. Raises AudioError.
+    """
+    inputs, _, _ = log.partition("Stream mapping:")  # two programs of a broadcast may list the same stream
+    streams = set(re.findall(r"^\[info\] +Stream #0:(\d+)\S*: (\w+): (\w+)(.*)", inputs, re.MULTILINE))
+    # What is said of tags and by the codecs of pictures is no loss of sound.
+    pictures = "|".join(codec for _, kind, codec, _ in streams if kind == "Video") or "none"
+    no_loss = rf"\[(?:{pictures}) @|\[error\] (?:Incorrect BOM|Error reading)"
+    errors = re.findall(rf"^(?!{no_loss})(.*)\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
+    said = "ffmpeg says: " + ("".join(errors[0]) if errors else log.rpartition("\n")[2])
+    if status < 0:
+        said = f"ffmpeg was ended by {signal.Signals(-status).name}"
+    if sound is None or sound.read_s == 0:
+        raise AudioError(f"no sound could be read: {said}")
+    if status != 0:
+        sound.problem = f"broken off after {sound.read_s:.0f} s: {said}"
+    elif errors:
+        sound.problem = said
+    # Of several streams, the longest gives a recording its duration. A cover is a stream too.
+    is_alone = sum("(attached pic)" not in rest for *_, rest in streams) == 1
+    sound.declared_s = declared_duration(log) if is_alone and status == 0 else 0.0
+    tracks = sorted(int(number) for number, kind, *_ in streams if kind == "Audio")
+    unread = [i for i, number in enumerate(tracks) if f"Stream #0:{number} -> " not in log]
+    if unread:
+        remedy = f"for another: ffmpeg -i FILE -map 0:a:{unread[0]} OTHER.flac"
+        warn(f"it has {len(tracks)} audio tracks, of which one was read; {remedy}")
+
+
 def declared_duration(log: str) -> float:
-    """The seconds that a recording's header declares, by what ffmpeg says of it; 0 where it has only guessed them."""
-    match = re.search(r"Input #0, (?!mpeg)[\s\S]*? Duration: (\d+):(\d+):([\d.]+)", log)
+    """The seconds that a recording's header declares, by what ffmpeg says of it; 0 where it has only guessed them or
+    taken them from a clock that began before the recording."""
+    match = re.search(r"Input #0, (?!mpeg|ogg)[\s\S]*? Duration: (\d+):(\d+):([\d.]+)", log)
     if match is None or "Estimating duration" in log:
         return 0.0
     hours, minutes, seconds = map(float, match.groups())
     return 3600 * hours + 60 * minutes + seconds
 
 
-def cut_off(read_s: float, declared_s: float) -> str:
-    """The warning where a recording has fewer seconds than it declares."""
-    return f"cut off or damaged: its sound has {read_s:.0f} of the {declared_s:.0f} s that it declares"
-
-
-def warn_of_bytes(file, head: bytes, read_to: int, warn: Callable[[str], None]) -> None:
+def warn_of_bytes(file, head: bytes, warn: Callable[[str], None]) -> None:
     """Say how many bytes of a file lie behind the recording, which may be another one, or are missing at its end.
 
-    read_to is the byte where libsndfile stopped, 0 where ffmpeg has read. What a WAV or AIFF declares behind that is
-    the recording's own: pictures, say. Less than the limits may be a tag, or what a recorder miscounts.
+    The file stands where libsndfile stopped, at 0 where ffmpeg has read. What a WAV or AIFF declares behind that is the
+    recording's own: pictures, say. Less than the limits may be a tag, or what a recorder miscounts.
     """
     size, declared = os.fstat(file.fileno()).st_size, 0
     if re.match(b"RIFF....WAVE|FORM....AIF", head, re.DOTALL):
@@ -617,29 +645,28 @@ def warn_of_bytes(file, head: bytes, read_to: int, warn: Callable[[str], None]) 
         declared = 8 + length if 36 < length < 0x7F000000 else 0
     if declared - size > 1 << 12:
         warn(f"{declared - size} bytes that its header declares are missing at the end")
-    if (end := max(read_to, declared)) and size - end > 1 << 16:
+    if (end := max(file.tell(), declared)) and size - end > 1 << 16:
         warn(f"{size - end} bytes behind the end that its header declares were not read")
 
 
-def mix_down(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
-    """STRETCH_S blocks in one, the channels mixed: (sampling rate, (n_channels, n)) to (sampling rate, (n,) float32).
+def mix_down(blocks: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
+    """STRETCH_S blocks in one, the channels mixed: (n_channels, n) to (n,) float32.
 
     A channel of silence, hum, hiss or timecode is left out where somebody may speak on another one. A stretch in which
     nothing moves on any channel is mixed like the one before it. The end of a recording, where it is too short to tell
     whether it is steady, belongs to the stretch before it.
     """
-    blocks, moving = iter(blocks), slice(None)
-    stretch = list(itertools.islice(blocks, STRETCH_S))
+    moving, stretch = slice(None), list(itertools.islice(blocks, STRETCH_S))
     while stretch:
-        rate, following = stretch[0][0], list(itertools.islice(blocks, STRETCH_S))
-        if sum(block.shape[1] for _, block in following) < SHORTEST_STEADY_S * rate:
+        following = list(itertools.islice(blocks, STRETCH_S))
+        if sum(block.shape[1] for block in following) < SHORTEST_STEADY_S * rate:
             stretch, following = stretch + following, []
-        channels = np.concatenate([block for _, block in stretch], axis=1)
+        channels = np.concatenate(stretch, axis=1)
         if len(channels) > 1:
             step = max(1, rate // SAMPLING_RATE)  # fewer samples have the same level
             found = [i for i, samples in enumerate(channels) if not is_steady(samples[::step], rate // step)]
             moving = found or moving
-        yield rate, mix(channels[moving])
+        yield mix(channels[moving])
         stretch = following
 
 
@@ -662,27 +689,24 @@ def is_steady(waveform: np.ndarray, rate: int) -> bool:
     return bool(steady and (len(waveform) >= SHORTEST_STEADY_S * rate or levels.max() == 0))
 
 
-def split_at_pauses(
-    blocks: Iterable[np.ndarray], rate: int, chunk_length_s: float
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Chunks that tile the blocks without gap or overlap: (index of the first sample, waveform).
+def split_at_pauses(blocks: Iterable[np.ndarray], rate: int, chunk_length_s: float) -> Iterator[np.ndarray]:
+    """Chunks that tile the blocks without gap or overlap.
 
     Audio that fits the window of the model is one chunk. Of longer audio, each stretch of chunk_length_s seconds is cut
     at the quietest moment of its latter half. Little more than a window is held in memory.
     """
-    longest, buffer, start = round(chunk_length_s * rate), np.empty(0, np.float32), 0
+    longest, limit, buffer = round(chunk_length_s * rate), WINDOW_S * rate, np.empty(0, np.float32)
     tail = min(longest // 2, round(SHORTEST_TAIL_S * rate))
     for block in itertools.chain(blocks, [np.empty(0, np.float32)]):  # the empty one is the end
         buffer = np.concatenate([buffer, block])
         spare = tail if len(block) else 0  # while more may come, at least the shortest tail stays behind a cut
-        if start == 0 and len(buffer) <= WINDOW_S * rate + spare:
-            continue
-        while len(buffer) > longest + spare:
+        while len(buffer) > limit + spare:
+            limit = longest  # from the first cut on
             cut = quietest_cut(buffer[: min(longest, len(buffer) - tail)], rate)
-            yield start, buffer[:cut]
-            start, buffer = start + cut, buffer[cut:]
+            yield buffer[:cut]
+            buffer = buffer[cut:]
     if len(buffer):
-        yield start, buffer
+        yield buffer
 
 
 def quietest_cut(waveform: np.ndarray, rate: int) -> int:

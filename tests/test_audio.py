@@ -20,12 +20,12 @@ RATE = 16_000
 def read(path) -> tuple[int, np.ndarray, list[str]]:
     """The sampling rate, the samples and the warnings of a recording."""
     warnings = []
-    rates, blocks = zip(*common.read_blocks(str(path), warnings.append), strict=True)
-    [rate] = set(rates)
-    return rate, np.concatenate(blocks), warnings
+    with common.open_sound(str(path), warnings.append) as sound:
+        samples = np.concatenate(list(common.mix_down(sound.blocks(), sound.rate)) or [np.zeros(0)])
+    return sound.rate, samples, warnings
 
 
-def chunks_of(path: str, chunk_length_s: float) -> list[tuple[int, np.ndarray]]:
+def chunks_of(path: str, chunk_length_s: float) -> list[np.ndarray]:
     rate, samples, _ = read(path)
     blocks = (samples[i : i + rate] for i in range(0, len(samples), rate))
     return list(common.split_at_pauses(blocks, rate, chunk_length_s))
@@ -47,9 +47,8 @@ def error_of(path) -> str:
 def test_chunks_have_every_sample_once_and_none_is_too_long_or_a_scrap(tmp_path, rate, seconds, n_samples, limit):
     samples = np.random.default_rng(seconds).normal(0, 0.1, seconds * rate + n_samples).astype(np.float32)
     chunks = chunks_of(write(tmp_path / "noise.wav", samples, rate, subtype="FLOAT"), limit)
-    lengths = [len(waveform) for _, waveform in chunks]
-    assert np.array_equal(np.concatenate([waveform for _, waveform in chunks]), samples)
-    assert [start for start, _ in chunks] == list(np.cumsum([0, *lengths[:-1]]))
+    lengths = [len(waveform) for waveform in chunks]
+    assert np.array_equal(np.concatenate(chunks), samples)
     assert (len(chunks) == 1) == (len(samples) <= 30 * rate)  # which fits the window
     if len(chunks) > 1 and rate > 1:
         assert max(lengths) <= round(limit * rate)
@@ -75,7 +74,7 @@ def test_thirty_seconds_at_an_odd_rate_fit_the_window(tmp_path, rate):
 def test_memory_held_does_not_grow_with_the_audio():
     block, held = np.zeros(RATE, np.float32), []
     blocks = (block for _ in range(3600))
-    for _, waveform in common.split_at_pauses(blocks, RATE, 15):
+    for waveform in common.split_at_pauses(blocks, RATE, 15):
         base = waveform if waveform.base is None else waveform.base
         held.append(base.nbytes)
     assert max(held) <= 4 * RATE * 40
@@ -93,6 +92,15 @@ def test_a_channel_that_the_mix_would_lose(tmp_path, n_channels, hum):
     hums = (hum * np.sin(2 * np.pi * 50 * np.arange(len(speech)) / RATE)).astype(np.float32)
     _, samples, _ = read(write(tmp_path / "a.wav", waveform + hums[:, None], subtype="FLOAT"))
     assert np.corrcoef(np.abs(samples - hums), np.abs(speech))[0, 1] > 0.95  # of either sign
+
+
+@pytest.mark.parametrize("noise_db", [-60, -55, -50, -45])
+def test_one_side_turned_over_and_a_noise_on_each(tmp_path, noise_db):
+    """The mean of such channels is the noise alone."""
+    speech = synthesize(random_text(np.random.default_rng(0), 60, pause_every=15), pause_s=3)
+    noise = 10 ** (noise_db / 20) * np.random.default_rng(1).normal(size=(len(speech), 2))
+    _, samples, _ = read(write(tmp_path / "a.wav", np.stack([speech, -speech], 1) + noise, subtype="FLOAT"))
+    assert np.abs(np.abs(samples) - np.abs(speech)).max() < 6 * 10 ** (noise_db / 20)  # of either sign
 
 
 def noises(n: int) -> dict[str, np.ndarray]:
@@ -123,6 +131,24 @@ def test_two_people_on_two_channels_are_both_heard(tmp_path):
     assert np.all(np.abs(samples) >= 0.499 * np.abs(waveform).max(1))  # whoever speaks, at half the level at least
 
 
+@pytest.mark.parametrize("subtype", ["FLOAT", "PCM_16"])
+def test_a_recording_is_called_very_quiet_once_and_only_if_it_may_hold_speech(tmp_path, subtype):
+    speech, noise = synthesize("こんにちは" * 30), noises(60 * RATE)["hiss"]
+    loudest = np.sqrt(common.mean_squares(speech, RATE, 0.1).max())
+
+    def warnings_of(waveform: np.ndarray) -> list[str]:
+        warnings, path = [], write(tmp_path / "a.wav", waveform, subtype=subtype)
+        assert len(list(common.read_chunks(path, 15, warnings.append))) > 1
+        return warnings
+
+    for db in (-62, -70, -80):
+        [warning] = warnings_of(speech / loudest * 10 ** (db / 20))
+        assert warning.startswith(f"very quiet, {db} dBFS where it is loudest: ")
+    for ordinary in (speech / loudest * 10 ** (-58 / 20), 0.003 * noise, 0 * speech,
+                     np.concatenate([speech / 1e4, speech / 50])):  # fmt: skip
+        assert warnings_of(ordinary) == []
+
+
 # --- what is no audio, and what is damaged ---
 
 
@@ -141,7 +167,7 @@ def test_what_comes_before_damage_is_kept_with_a_warning(tmp_path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     _, samples, [warning] = read(path)
     assert 4 * RATE <= len(samples) < 6 * RATE and np.array_equal(samples, whole[: len(samples)])
-    assert warning.startswith("damaged after 4 s (") and warning.endswith("what follows is lost")
+    assert warning == f"cut off or damaged: its sound has {len(samples) / RATE:.0f} of the 10 s that it declares"
 
 
 @pytest.mark.parametrize("format", ["FLAC", "AU", "CAF", "MP3", "OGG"])
@@ -158,6 +184,19 @@ def test_bytes_behind_a_recording_are_counted(tmp_path, monkeypatch, format):
     assert n_bytes == pytest.approx(path.stat().st_size / 2, rel=0.15)  # it reads ahead
 
 
+def test_seconds_that_are_only_an_estimate_are_not_missed(tmp_path, monkeypatch):
+    """MP3 of a variable rate without a header that says how long it is, read without ffmpeg."""
+    path, noise = tmp_path / "a.mp3", np.random.default_rng(0).normal(0, 0.1, 20 * RATE)
+    noise[: len(noise) // 2] /= 1e4  # the estimate is made from the size of the first frames
+    write(path, noise, format="MP3", bitrate_mode="VARIABLE", compression_level=0.9)
+    data = path.read_bytes()
+    header = data.index(b"Xing") - 36
+    frame = 144 * 32_000 // 2 // RATE
+    path.write_bytes(data[:header] + data[header + frame :])
+    monkeypatch.setenv("PATH", "")
+    assert len(read(path)[1]) >= len(noise) and read(path)[2] == []
+
+
 def test_a_hole_in_an_ogg_file_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     path = Path(write(tmp_path / "a.ogg", synthesize("こんにちは" * 5)))
@@ -172,7 +211,8 @@ def test_an_interrupt_while_a_file_is_read_is_not_lost(tmp_path):
     path = write(tmp_path / "long.wav", np.zeros((600 * RATE, 2), np.int16))
     code = "import signal, sys, common\nsignal.signal(signal.SIGALRM, signal.default_int_handler)\nn = 0\n"
     code += "for i in range(30):\n    try:\n        signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.001 * i)\n"
-    code += "        for block in common.read_blocks(sys.argv[1], print): pass\n        for _ in range(10**8): pass\n"
+    code += "        for chunk in common.read_chunks(sys.argv[1], 15, print): pass\n"
+    code += "        for _ in range(10**8): pass\n"
     code += "    except KeyboardInterrupt: n += 1\nprint(n)"
     result = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("30\n", "")
@@ -230,6 +270,23 @@ def test_samples_through_ffmpeg_are_those_that_went_in(tmp_path, ffmpeg, extensi
     assert np.abs(samples - waveform.mean(1)).max() < 1e-4
 
 
+@pytest.mark.parametrize("codec", ["libopus", "libvorbis"])
+def test_what_a_codec_needs_to_start_is_no_sound(tmp_path, ffmpeg, codec):
+    path = encode(ffmpeg, synthesize("こんにちは", 48_000), 48_000, tmp_path / "a.webm", "-c:a", codec)
+    raw = subprocess.run([ffmpeg, "-v", "error", "-i", path, "-f", "f32le", "-"], capture_output=True).stdout
+    assert np.array_equal(read(path)[1], np.frombuffer(raw, "<f4"))
+
+
+def test_w64_of_32_bits_is_read_right_or_refused_without_ffmpeg(tmp_path, ffmpeg, monkeypatch):
+    """libsndfile takes the floats that the distribution's ffmpeg writes there for integers."""
+    speech = synthesize("こんにちは")
+    path = encode(ffmpeg, speech, RATE, tmp_path / "a.w64", "-c:a", "pcm_f32le")
+    assert np.array_equal(read(path)[1], speech)
+    monkeypatch.setenv("PATH", "")
+    with contextlib.suppress(common.AudioError):
+        assert np.array_equal(read(path)[1], speech)
+
+
 @pytest.mark.parametrize("extension, options", [("webm", []), ("mkv", ["-c:a", "flac"]), ("aac", []),
     ("mp4", ["-movflags", "frag_keyframe+empty_moov", "-frag_duration", "1000000"])])  # fmt: skip
 def test_a_recording_cut_at_three_quarters_is_heard_to_there(tmp_path, ffmpeg, extension, options):
@@ -262,7 +319,7 @@ def test_the_reason_is_ffmpeg_s_and_not_a_line_of_the_dynamic_loader(tmp_path, f
     monkeypatch.setenv("LD_PRELOAD", "/nowhere/libgomp.so.1")
     _, samples, warnings = read(path)
     assert len(samples) == 2.1 * RATE and warnings == []
-    assert error_of(tmp_path / "picture.mp4").startswith("no sound in it that ffmpeg can read (")
+    assert error_of(tmp_path / "picture.mp4").startswith("no sound could be read: ffmpeg says: ")
     path.write_bytes(path.read_bytes()[:1500])  # the table of contents stands at the end
     assert "moov atom not found" in error_of(path)
 
@@ -294,6 +351,50 @@ def test_a_sound_that_begins_later_than_the_picture(tmp_path, ffmpeg, extension,
     rate, samples, _ = read(tmp_path / f"a.{extension}")
     assert np.abs(samples[: 4 * rate]).max() < 0.02
     assert_alike(samples, synthesize("こんにちは", 48_000), rate, start_s=4)
+
+
+@pytest.mark.parametrize("extension", ["mp4", "mov", "mkv", "webm", "flv", "avi", "wmv", "ts"])
+def test_a_picture_that_is_longer_than_the_sound_is_no_loss(tmp_path, ffmpeg, extension):
+    wav = write(tmp_path / "a.wav", synthesize("こんにちは", 44_100), 44_100)
+    subprocess.run([ffmpeg, "-v", "error", *PICTURE, "-i", wav, tmp_path / f"a.{extension}"], check=True)
+    rate, samples, warnings = read(tmp_path / f"a.{extension}")
+    assert len(samples) / rate == pytest.approx(2.1, abs=0.1) and warnings == []
+
+
+@pytest.mark.parametrize("extension, codec", [("mp4", "aac"), ("mov", "pcm_s16le"), ("mkv", "flac")])
+@pytest.mark.parametrize("n_channels", [1, 2])  # of the second track; ffmpeg takes the one that has more
+def test_of_several_audio_tracks_one_is_read_and_the_line_says_how_to_read_another(tmp_path, ffmpeg, extension, codec,
+                                                                                   n_channels):  # fmt: skip
+    texts = ("こんにちは", "さようなら")
+    files = [write(tmp_path / f"{i}.wav", stereo(synthesize(texts[i]), n)) for i, n in ((0, 1), (1, n_channels))]
+    inputs = [*PICTURE, "-i", files[0], "-i", files[1], "-map", "0", "-map", "0", "-map", "1", "-map", "2"]
+    path, other = tmp_path / f"a.{extension}", tmp_path / "other.flac"
+    command = [ffmpeg, "-v", "error", *inputs, "-disposition:a", "0", "-c:v", "mpeg4", "-c:a", codec, path]
+    subprocess.run(command, check=True)
+    rate, samples, [warning] = read(path)
+    first, second = texts if n_channels == 1 else texts[::-1]
+    assert_alike(samples, synthesize(first, rate), rate)
+    said, command = warning.split("; for another: ffmpeg ")
+    assert said == "it has 2 audio tracks, of which one was read"
+    command = [{"FILE": path, "OTHER.flac": other}.get(word, word) for word in command.split()]
+    subprocess.run([ffmpeg, "-v", "error", *command], check=True)
+    assert_alike(read(other)[1], synthesize(second, rate), rate)
+
+
+def test_several_pictures_and_programs_that_share_a_sound_are_no_tracks(tmp_path, ffmpeg):
+    wav = write(tmp_path / "a.wav", synthesize("こんにちは"))
+    command = [ffmpeg, "-v", "error", *PICTURE, "-i", wav, "-map", "0", "-map", "0", "-map", "1", "-c:v", "mpeg2video"]
+    subprocess.run([*command, "-program", "st=0:st=2", "-program", "st=1:st=2", tmp_path / "a.ts"], check=True)
+    assert read(tmp_path / "a.ts")[2] == []
+
+
+def test_a_broadcast_in_ogg_that_was_joined_on_the_way(tmp_path, ffmpeg):
+    """The clock of its sender began long before."""
+    data = encode(ffmpeg, synthesize("こんにちは" * 9, 48_000), 48_000, tmp_path / "a.opus").read_bytes()
+    pages = [i for i in range(len(data)) if data.startswith(b"OggS", i)]
+    (tmp_path / "a.opus").write_bytes(data[: pages[2]] + data[pages[len(pages) // 2] :])
+    rate, samples, warnings = read(tmp_path / "a.opus")
+    assert 5 < len(samples) / rate < 15 and warnings == []
 
 
 @pytest.mark.parametrize("extension, codec", [("webm", "libopus"), ("mp4", "aac"), ("ts", "mp2"), ("ts", "aac")])
@@ -372,20 +473,25 @@ def test_pictures_and_notes_behind_the_sound_are_the_recording_s_own(tmp_path, f
 def test_a_recording_that_is_still_being_written(tmp_path, ffmpeg, extension, codec):
     path = encode(ffmpeg, synthesize("こんにちは" * 20), RATE, tmp_path / f"a.{extension}", "-c:a", codec)
     size, warnings = path.stat().st_size, []
-    blocks = common.read_blocks(str(path), warnings.append)
-    next(blocks)
-    with path.open("ab") as file:
-        file.write(bytes(100))
-    assert sum(len(block) for _, block in blocks) > 20 * RATE
+    with common.open_sound(str(path), warnings.append) as sound:
+        n_read = next(sound.blocks()).shape[1]
+        with path.open("ab") as file:
+            file.write(bytes(100))
+        n_read += sum(block.shape[1] for block in sound.blocks())
+    assert n_read > 20 * RATE
     assert f"it had {size} bytes and now has {size + 100}: it is still being written, and more may follow" in warnings
 
 
-def test_ffmpeg_that_ends_with_an_error_on_the_way(tmp_path, monkeypatch):
+@pytest.mark.parametrize("end, reason", [("echo '[error] out of ink' >&2; exit 69", "ffmpeg says: out of ink"),
+    ("echo '[info] handler_name: Sound' >&2; kill -9 $$", "ffmpeg was ended by SIGKILL")])  # fmt: skip
+def test_ffmpeg_that_ends_with_an_error_on_the_way(tmp_path, monkeypatch, end, reason):
     """No damage brings both ffmpeg to that; a full disk or too little memory would."""
     write(tmp_path / "b.au", synthesize("こんにちは"), subtype="FLOAT")
-    (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\ncat '{tmp_path}/b.au'; echo '[error] out of ink' >&2; exit 69\n")
+    (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\ncat '{tmp_path}/b.au'; {end}\n")
     (tmp_path / "ffmpeg").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "a.m4a").write_bytes(bytes(1000))
     _, samples, warnings = read(tmp_path / "a.m4a")
-    assert len(samples) == 2.1 * RATE and warnings == ["ffmpeg broke off after 2 s: out of ink"]
+    assert len(samples) == 2.1 * RATE and warnings == [f"broken off after 2 s: {reason}"]
+    (tmp_path / "b.au").write_bytes(b"")
+    assert error_of(tmp_path / "a.m4a") == f"no sound could be read: {reason}"

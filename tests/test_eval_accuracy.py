@@ -196,7 +196,7 @@ def test_a_manifest_has_error_rates_and_its_bad_recordings_are_compared_as_far_a
     for side in ("reference", "candidate"):
         assert re.search(f"^CER of the {side} +{100 * 2 / 85:.4f} %$", out, re.MULTILINE)
     assert re.search("^verdict +PASS, on 3 of 4 recordings$", out, re.MULTILINE)
-    assert f"warning: {cut}: damaged after" in err
+    assert f"warning: {cut}: cut off or damaged" in err
     assert err.endswith("absent.wav: no such file or folder: left out\n")
 
 

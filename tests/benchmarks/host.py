@@ -62,10 +62,9 @@ def measure(path: str, rate: int, extractor) -> dict[str, float]:
                 return
             yield item
 
-    with open(path, "rb", buffering=0) as file:
-        channels = timed("reading", common.read_channels(path, file, print))
-        blocks = (block for _, block in timed("mixing", common.mix_down(channels)))
-        waveforms = (waveform for _, waveform in timed("cutting", common.split_at_pauses(blocks, rate, 15)))
+    with common.open_sound(path, print) as sound:
+        blocks = timed("mixing", common.mix_down(timed("reading", sound.blocks()), rate))
+        waveforms = timed("cutting", common.split_at_pauses(blocks, rate, 15))
         resample = librosa.resample
         waveforms = timed("resampling", (resample(x, orig_sr=rate, target_sr=common.SAMPLING_RATE) for x in waveforms))
         moving = (x for x in waveforms if not common.is_steady(x, common.SAMPLING_RATE))

@@ -35,7 +35,7 @@ def contents() -> dict[str, tuple[bytes, str | None]]:
     speech = synthesize(TEXT)
     wav, flac, ogg, mp3 = (encode(name, speech) for name in ("WAV", "FLAC", "OGG", "MP3"))
     pcm = wav[44:]
-    no_audio = "not audio that libsndfile reads|empty"
+    no_audio = "not audio that libsndfile reads|no samples in it|empty"
     boundaries = (0, 1, 4, 8, 12, 16, 20, 22, 24, 28, 32, 34, 36, 40, 44)
     cases = {f"wav-cut-at-{n}.wav": (wav[:n], no_audio) for n in boundaries}
     cases |= {f"flac-cut-at-{n}.flac": (flac[:n], no_audio) for n in (1, 4, 8, 26, 42, 60)}
@@ -88,7 +88,7 @@ def contents() -> dict[str, tuple[bytes, str | None]]:
     for name, value in (("nan", np.nan), ("inf", np.inf), ("minus-inf", -np.inf)):
         waveform = speech.copy()
         waveform[1000] = value
-        cases[f"{name}.wav"] = encode("WAV", waveform, subtype="FLOAT"), "NaN or infinite samples"
+        cases[f"{name}.wav"] = encode("WAV", waveform, subtype="FLOAT"), "samples of (nan|inf) where 1 is full scale"
     names = ["new\nline.wav", "tab\tand\rreturn.wav", "it's \"quoted\".wav", "-o.wav", "--audio.wav", "🎤 emoji.wav",
              "back\\slash.wav", "%s %d {}.wav", "$(reboot) `x` ; rm *.wav", " spaces .wav", "\x1b[31mred.wav",
              "line\u2028separator.wav", os.fsdecode(b"not \xff\xfe utf-8.wav"), "n" * 250 + ".wav"]  # fmt: skip
