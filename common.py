@@ -478,8 +478,15 @@ class Sound:
     """A recording that libsndfile reads once, from its beginning on."""
 
     def __init__(self, source) -> None:
-        """source is an open file or a pipe. Raises LibsndfileError where libsndfile does not know the format."""
-        self.decoder = soundfile.SoundFile(source.fileno(), closefd=False)
+        """source is an open file or a pipe. Raises AudioError where libsndfile cannot read it."""
+        try:
+            self.decoder = soundfile.SoundFile(source.fileno(), closefd=False)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(error.error_string.rstrip(".")) from error
+        if (self.decoder.format, self.decoder.subtype) == ("W64", "PCM_32"):
+            raise AudioError("libsndfile takes the floats of some W64 for integers")
+        if self.decoder.frames == 0:
+            raise AudioError("it has no samples")
         self.decoder.seekable = lambda: False  # else soundfile seeks after every read, and MP3 is wrong for 40 ms
         self.rate, n_frames = self.decoder.samplerate, self.decoder.frames  # rate in Hz
         is_known = self.decoder.format != "MP3" and n_frames < 1 << 40  # in MP3 it may be an estimate
@@ -487,7 +494,8 @@ class Sound:
         self.read_s, self.problem = 0.0, ""  # how much of it has been read, and one line for what may be lost
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The samples second by second, up to a damage: (n_channels, n) float32. Raises AudioError for what is none."""
+        """The samples second by second, as far as the file is whole: (n_channels, n) float32. Raises AudioError for
+        samples that cannot be sound."""
         n = min(self.rate, MAX_BLOCK // self.decoder.channels)
         left = self.decoder.frames if self.decoder.format == "FLAC" else math.inf  # what follows is not the sound's
         try:
@@ -504,7 +512,7 @@ class Sound:
 
 @contextlib.contextmanager
 def open_sound(path: str, warn: Callable[[str], None]) -> Iterator[Sound]:
-    """A recording to be read: by libsndfile if it is WAV, AIFF or FLAC or there is no ffmpeg, else by that program.
+    """A recording to be read: by libsndfile if it is WAV, AIFF or FLAC or there is no ffmpeg, else by the ffmpeg program.
 
     At the end warn is called with one line for what may be lost. Raises AudioError.
     """
@@ -512,14 +520,16 @@ def open_sound(path: str, warn: Callable[[str], None]) -> Iterator[Sound]:
     try:
         with open(path, "rb", buffering=0) as file:
             size, head = os.fstat(file.fileno()).st_size, os.pread(file.fileno(), 12, 0)
-            has_ffmpeg = shutil.which("ffmpeg") is not None
-            problem = "a format for ffmpeg"
+            has_ffmpeg, reader = shutil.which("ffmpeg") is not None, None
             if re.match(b"RIFF|FORM|fLaC", head) or not has_ffmpeg:
-                problem = libsndfile_problem(file)
-            if problem and not has_ffmpeg:
-                remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
-                raise AudioError(f"not audio that libsndfile reads ({problem}); {remedy}")
-            with read_with_ffmpeg(path, head, warn) if problem else contextlib.nullcontext(Sound(file)) as sound:
+                try:
+                    reader = contextlib.nullcontext(Sound(file))
+                except AudioError as error:
+                    if not has_ffmpeg:
+                        remedy = "for m4a, mp4, webm and others put the ffmpeg program on the PATH"
+                        raise AudioError(f"not audio that libsndfile reads ({error}); {remedy}") from error
+                    file.seek(0)
+            with reader or read_with_ffmpeg(path, head, warn) as sound:
                 yield sound
             if sound.read_s == 0:
                 raise AudioError(sound.problem or "no samples in it")
@@ -546,30 +556,16 @@ def check_file(path: str) -> None:
         raise AudioError("empty (0 bytes)")
 
 
-def libsndfile_problem(file) -> str:
-    """Why libsndfile cannot read an open file; empty where it can."""
-    try:
-        with soundfile.SoundFile(file.fileno(), closefd=False) as decoder:
-            if (decoder.format, decoder.subtype) == ("W64", "PCM_32"):
-                return "in W64 it takes 32-bit floats for integers"
-            return "" if decoder.frames else "it has no samples"
-    except soundfile.LibsndfileError as error:
-        return error.error_string.rstrip(".")
-    finally:
-        file.seek(0)
-
-
 @contextlib.contextmanager
 def read_with_ffmpeg(path: str, head: bytes, warn: Callable[[str], None]) -> Iterator[Sound]:
     """What the ffmpeg program makes of a recording whose first bytes are head. Raises AudioError."""
     sound = None
     with tempfile.TemporaryFile() as messages:  # a pipe that nobody reads could block ffmpeg
-        with (
-            subprocess.Popen(ffmpeg_command(path, head), stdout=subprocess.PIPE, stderr=messages) as process,
-            contextlib.suppress(soundfile.LibsndfileError),  # nothing came: ffmpeg says why
-        ):
-            sound = Sound(process.stdout)
-            yield sound
+        with subprocess.Popen(ffmpeg_command(path, head), stdout=subprocess.PIPE, stderr=messages) as process:
+            with contextlib.suppress(AudioError):  # nothing came: ffmpeg says why
+                sound = Sound(process.stdout)
+            if sound:
+                yield sound
         messages.seek(0)
         log = messages.read().decode(errors="replace").strip()
     judge_ffmpeg(sound, process.returncode, log, warn)
@@ -602,8 +598,8 @@ def judge_ffmpeg(sound: Sound | None, status: int, log: str, warn: Callable[[str
     # What is said of tags and by the codecs of pictures is no loss of sound.
     pictures = "|".join(codec for _, kind, codec, _ in streams if kind == "Video") or "none"
     no_loss = rf"\[(?:{pictures}) @|\[error\] (?:Incorrect BOM|Error reading)"
-    errors = re.findall(rf"^(?!{no_loss})(.*)\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
-    said = "ffmpeg says: " + ("".join(errors[0]) if errors else log.rpartition("\n")[2])
+    errors = re.findall(rf"^(?!{no_loss}).*\[(?:error|fatal)\] (.*)", log, re.MULTILINE)
+    said = "ffmpeg says: " + (errors[0] if errors else log.rpartition("\n")[2])
     if status < 0:
         said = f"ffmpeg was ended by {signal.Signals(-status).name}"
     if sound is None or sound.read_s == 0:
