@@ -5,6 +5,7 @@
 The times are of the real architecture with random weights, for batches of 1 and 16; the launches and waits are counted
 on the simulated NPU, for common.decode and for the generate of transformers.
 """
+import argparse
 import statistics
 import sys
 import tempfile
@@ -15,7 +16,7 @@ TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "fake_npu")]
 import common  # noqa: E402
 
-RUNS, FEW, MANY = 7, 8, 72
+FEW, MANY = 8, 72
 
 
 def seconds(work) -> float:
@@ -24,7 +25,7 @@ def seconds(work) -> float:
     return time.perf_counter() - started
 
 
-def time_steps() -> None:
+def time_steps(model: str | None, n_runs: int) -> None:
     """Print the milliseconds of a step and those of reading the weights; the measurements take turns."""
     import torch
 
@@ -32,26 +33,27 @@ def time_steps() -> None:
     import random_model
 
     with tempfile.TemporaryDirectory() as folder:
-        random_model.save(Path(folder))
-        recognizer = common.load_model(folder, device, common.select_dtype("auto", device))
+        if model is None:
+            random_model.save(Path(folder))
+        recognizer = common.load_model(model or folder, device, common.select_dtype("auto", device))
     recognizer = common.endless(recognizer)
     modules = [*recognizer.model.model.decoder.modules(), recognizer.model.proj_out]
     n_bytes = sum(m.weight.numel() * m.weight.element_size() for m in modules if isinstance(m, torch.nn.Linear))
     memory = torch.zeros(2**27)  # 512 MiB, which no cache holds
     work = {"read": memory.sum}
     for size in (1, 16):
-        encoded = torch.randn(size, 1500, 1280, dtype=recognizer.model.dtype)
+        encoded = torch.randn(size, 1500, recognizer.model.config.d_model, dtype=recognizer.model.dtype)
         for n in (FEW, MANY):
             work[size, n] = lambda encoded=encoded, n=n: common.decode(recognizer, encoded, n)
     samples = {name: [] for name in work}
     with torch.inference_mode():
-        for _ in range(RUNS + 1):
+        for _ in range(n_runs + 1):
             for name, function in work.items():
                 samples[name].append(seconds(function))
     medians = {name: statistics.median(values[1:]) for name, values in samples.items()}
     bandwidth = memory.nbytes / medians["read"]
     read_ms = 1000 * n_bytes / bandwidth
-    print(f"{recognizer.model.dtype}, {torch.get_num_threads()} threads, medians of {RUNS}")
+    print(f"{recognizer.model.dtype}, {torch.get_num_threads()} threads, medians of {n_runs}")
     print(f"reading the decoder's weights once: {n_bytes / 1e6:.0f} MB / {bandwidth / 1e9:.1f} GB/s = {read_ms:.2f} ms")
     for size in (1, 16):
         step_ms = 1000 * (medians[size, MANY] - medians[size, FEW]) / (MANY - FEW)
@@ -96,5 +98,9 @@ def count_launches() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="time this folder's model (default: the real architecture, random weights)")
+    parser.add_argument("--runs", type=int, default=7, help="that count, after one (default: %(default)s)")
+    args = parser.parse_args()
     count_launches()  # first: once the CPU is selected, there is no NPU
-    time_steps()
+    time_steps(args.model, args.runs)

@@ -32,6 +32,8 @@ def main() -> None:
     """Print both rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_options(parser)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024, 2048, 4096], metavar="N",
+                        help="rows and columns of the matrices (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
     device = common.select_device(args.device)
     dtype = common.select_dtype(args.dtype, device)
@@ -43,7 +45,7 @@ def main() -> None:
     features = features.to(device, dtype)
     rate = counter.get_total_flops() / fastest(device, lambda: common.encode(model, features))
     products = {}
-    for size in (512, 1024, 2048, 4096):
+    for size in args.sizes:
         a, b = torch.randn(2, size, size).to(device, dtype)
         products[size] = 2 * size**3 / fastest(device, lambda a=a, b=b: a @ b)
     best = max(products.values())

@@ -29,14 +29,13 @@ from tone_speech import random_text, synthesize  # noqa: E402
 
 import inference  # noqa: E402
 
-N_CHUNKS = 20
 STAGES = ("reading", "mixing", "cutting", "resampling", "speech?", "features")
 
 
-def record(path: str) -> None:
+def record(path: str, n_chunks: int) -> None:
     """Write speech in stereo with a pause after every 14 s, so that each chunk has little less than 15 s."""
     rng = np.random.default_rng(0)
-    waveform = synthesize(random_text(rng, 35 * N_CHUNKS, 35), 48_000, pause_s=0.8)
+    waveform = synthesize(random_text(rng, 35 * n_chunks, 35), 48_000, pause_s=0.8)
     noise = rng.normal(0, 0.001, (len(waveform), 2))
     soundfile.write(path, np.stack([waveform, 0.8 * waveform], 1) + noise, 48_000)
 
@@ -73,23 +72,24 @@ def measure(path: str, rate: int, extractor) -> dict[str, float]:
         ended = cpu_s()
     own = {stage: costs[stage] - costs[before] for before, stage in itertools.pairwise(["", *STAGES])}
     own["reading"] += cpu_s() - ended  # the time of ffmpeg counts when it has ended
-    figures = {stage: 1000 * seconds / N_CHUNKS for stage, seconds in own.items()}
-    return figures | {"together": 1000 * (cpu_s() - begun) / N_CHUNKS, "chunks": n}
+    figures = {stage: 1000 * seconds / n for stage, seconds in own.items()}
+    return figures | {"together": 1000 * (cpu_s() - begun) / n, "chunks": n}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=7, help="(default: %(default)s)")
-    n_runs = parser.parse_args().runs
+    parser.add_argument("--chunks", type=int, default=20, help="of 15 s in a recording (default: %(default)s)")
+    args = parser.parse_args()
     extractor = transformers.WhisperFeatureExtractor(feature_size=128)  # as kotoba-whisper-v2.0 has
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         wav, m4a = (os.path.join(folder, name) for name in ("48-kHz.wav", "44.1-kHz.m4a"))
-        record(wav)
+        record(wav, args.chunks)
         subprocess.run(["ffmpeg", "-v", "error", "-i", wav, "-ar", "44100", m4a], check=True)
         for path, rate in ((wav, 48_000), (m4a, 44_100)):
             measure(path, rate, extractor)  # the first run imports and compiles
-            runs = [measure(path, rate, extractor) for _ in range(n_runs)]
+            runs = [measure(path, rate, extractor) for _ in range(args.runs)]
             rows.append([os.path.basename(path), *(statistics.median(run[stage] for run in runs) for stage in runs[0])])
     print("| ms |", " | ".join(runs[0]), "|\n|" + "---|" * len(rows[0]))
     for name, *figures in rows:

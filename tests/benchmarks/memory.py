@@ -4,6 +4,7 @@
 
 Each recording is speech and pauses, generated into a temporary folder (1.2 GB for 10 hours).
 """
+import argparse
 import os
 import subprocess
 import sys
@@ -32,8 +33,11 @@ def record(path: str, seconds: int) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", nargs="+", type=int, default=[600, 3600, 36_000], help="of the recordings")
+    seconds_of_each = parser.parse_args().seconds
     print("audio (s)  file (MB)  time (s)  peak memory (MB)")
-    for seconds in (600, 3600, 36_000):
+    for seconds in seconds_of_each:
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "speech.wav")
             record(path, seconds)

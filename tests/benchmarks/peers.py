@@ -2,14 +2,16 @@
 
     python3 -m venv peers
     peers/bin/pip install -r tests/benchmarks/peers.txt
-    peers/bin/python tests/benchmarks/peers.py models        # converts the random weights to 10 GB of models once
+    peers/bin/python tests/benchmarks/peers.py models        # makes 10 GB of models once
 
 All get the same chunks of the same audio and decode each to the same number of tokens, the end of text suppressed.
+A program whose package is not installed is left out.
 Each runs in a process of its own, which waits while another has its turn, so that what else the machine does falls on
 all. Loading is not timed, and neither is a first run.
 """
 import argparse
 import glob
+import importlib.util
 import json
 import os
 import statistics
@@ -20,6 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import soundfile
 
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
@@ -108,7 +111,7 @@ def ours(models: Path, dtype: str, chunk_length_s: float):
 
 def features_of(path, chunks, extractor) -> list:
     """input_features (1, 128, 3000) of each chunk, float32."""
-    waveform = np.concatenate([block for _, block in common.read_blocks(path, print)])
+    waveform, _ = soundfile.read(path, dtype="float32")
     rows = [waveform[round(16_000 * start) : round(16_000 * end)] for start, end in chunks]
     return [extractor(row, sampling_rate=16_000, return_tensors="pt").input_features for row in rows]
 
@@ -117,7 +120,8 @@ def generating(model, extractor):
     """What the contenders share that have the generate of transformers."""
     import torch
 
-    model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), END]
+    config = model.generation_config
+    config.suppress_tokens = [*(config.suppress_tokens or []), config.eos_token_id]
 
     def run(path, chunks, n_tokens):
         features, made = features_of(path, chunks, extractor), 0
@@ -175,7 +179,7 @@ def whisper_cpp(models: Path):
     model = Model(str(models / "ggml.bin"), n_threads=os.cpu_count(), redirect_whispercpp_logs_to=None)
 
     def run(path, chunks, n_tokens):
-        waveform, made = np.concatenate([block for _, block in common.read_blocks(path, print)]), 0
+        (waveform, _), made = soundfile.read(path, dtype="float32"), 0
         for start, end in chunks:
             model.transcribe(
                 waveform[round(16_000 * start) : round(16_000 * end)], language="ja", no_timestamps=True,
@@ -189,21 +193,22 @@ def whisper_cpp(models: Path):
     return run
 
 
-CONTENDERS = {
-    "ours, bfloat16": lambda models: ours(models, "bfloat16", 30),
-    "ours, bfloat16, chunks of 15 s": lambda models: ours(models, "bfloat16", 15),
-    "faster-whisper 1.2.1, int8": faster_whisper,
-    "OpenVINO (optimum-intel 2.2.0), bfloat16": openvino,
-    "whisper.cpp (pywhispercpp 1.5.1), float16": whisper_cpp,
-    "transformers 4.57.6, float32": plain_transformers,
+CONTENDERS = {  # the package that each needs, the model that it reads, and the function that loads it
+    "ours, bfloat16": ("torch", "transformers", lambda models: ours(models, "bfloat16", 30)),
+    "ours, bfloat16, chunks of 15 s": ("torch", "transformers", lambda models: ours(models, "bfloat16", 15)),
+    "faster-whisper 1.2.1, int8": ("faster_whisper", "ctranslate2", faster_whisper),
+    "OpenVINO (optimum-intel 2.2.0), bfloat16": ("openvino", "openvino", openvino),
+    "whisper.cpp (pywhispercpp 1.5.1), float16": ("pywhispercpp", "ggml.bin", whisper_cpp),
+    "transformers 4.57.6, float32": ("transformers", "transformers", plain_transformers),
 }
+CONVERSIONS = {"ctranslate2": save_ctranslate2, "ggml.bin": save_ggml, "openvino": save_openvino}
 
 
 def serve(name: str, models: Path) -> None:
     """Load a contender, and do what the lines on stdin ask for: a line of JSON with seconds and tokens for each."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is not for the other side
-    run = CONTENDERS[name](models)
+    run = CONTENDERS[name][-1](models)
     for line in sys.stdin:
         path, chunks, n_tokens = json.loads(line)
         started = time.perf_counter()
@@ -212,6 +217,23 @@ def serve(name: str, models: Path) -> None:
 
 
 # --- Driving ---
+
+
+def choose(models: Path, only: list[str]) -> list[str]:
+    """The contenders with one of these texts in their names whose packages are installed; their models are made."""
+    source, names = models / "transformers", []
+    if not source.exists():
+        random_model.save(source)
+    for name in (name for name in CONTENDERS if any(text in name for text in only)):
+        package, model, _ = CONTENDERS[name]
+        if not importlib.util.find_spec(package):
+            print(f"{name}: left out, because {package} is not installed", file=sys.stderr)
+            continue
+        names.append(name)
+        if not (models / model).exists():
+            print(f"converting to {models / model}", file=sys.stderr)
+            CONVERSIONS[model](source, models / model)
+    return names
 
 
 class Contender:
@@ -240,21 +262,11 @@ def main() -> None:
     if args.serve:
         return serve(args.serve, args.models)
     args.models.mkdir(parents=True, exist_ok=True)
-    source = args.models / "transformers"
-    for path, convert in [
-        (source, random_model.save),
-        (args.models / "ctranslate2", lambda path: save_ctranslate2(source, path)),
-        (args.models / "ggml.bin", lambda path: save_ggml(source, path)),
-        (args.models / "openvino", lambda path: save_openvino(source, path)),
-    ]:
-        if not path.exists():
-            print(f"converting to {path}", file=sys.stderr)
-            convert(path)
+    names = choose(args.models, args.only)
     clip = eval_performance.synthesize(str(args.models / "clip.wav"), 3)
     recording = eval_performance.synthesize(str(args.models / "long.wav"), 60 * args.minutes)
-    chunks = [(start, end) for start, end, _ in common.read_chunks(recording, 30, print)]
+    chunks = [(chunk.start, chunk.end) for chunk in common.read_chunks(recording, 30, print)]
     n_tokens = round(30 * TOKENS_PER_S)
-    names = [name for name in CONTENDERS if any(text in name for text in args.only)]
     contenders = [Contender(name, args.models) for name in names]
     seconds = {(c.name, n): [] for c in contenders for n in (CLIP_TOKENS, FEW_TOKENS)}
     for i in range(args.runs + 1):

@@ -60,7 +60,7 @@ def main() -> None:
             found += zip(probs, map(normalize, plain.tokenizer.batch_decode(rows, True)), strict=True)
             equal += [count_equal(recognizer, theirs, batch, rows, prompt)] if theirs else []
         kept = [text for (prob, text), waveform in zip(found, waveforms, strict=True)
-                if prob <= inference.NO_SPEECH_THRESHOLD and not inference.is_steady(waveform)]  # fmt: skip
+                if prob <= inference.NO_SPEECH_THRESHOLD and not common.is_steady(waveform, 16_000)]  # fmt: skip
         counts = [f"{sum(column)} of {len(found)}" for column in zip(*equal, strict=True)] or ["", ""]
         n_repeated = sum(any(piece in text for piece in pieces) for text in kept)
         counts += [f"{len(kept)} of {len(found)}", str(sum(map(len, kept))), str(n_repeated)]
