@@ -2,8 +2,8 @@
 
     python3 fork_server.py FD        FD: one end of a pair of Unix sockets of packets
 
-A packet asks for a run, with what conftest.run puts in it and the descriptors of its stdout and stderr; two answer it:
-the process id and, when it has ended, its exit status. Nothing is computed before a copy is made, because threads that
+A packet asks for a run, with what conftest.run puts in it and the descriptors of its stdout and stderr; another answers
+it, with the exit status, when it has ended. Nothing is computed before a copy is made, because threads that
 torch had started would be missing in it.
 """
 import atexit
@@ -54,7 +54,6 @@ def next_run(connection: socket.socket) -> dict:
             return json.loads(packet)
         for output in outputs:
             os.close(output)
-        connection.send(str(pid).encode())
         connection.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
 
 
