@@ -512,7 +512,7 @@ class Sound:
 
 @contextlib.contextmanager
 def open_sound(path: str, warn: Callable[[str], None]) -> Iterator[Sound]:
-    """A recording to be read: by libsndfile if it is WAV, AIFF or FLAC or there is no ffmpeg, else by the ffmpeg program.
+    """A recording to be read: by libsndfile if it is WAV, AIFF or FLAC or there is no ffmpeg, else by that program.
 
     At the end warn is called with one line for what may be lost. Raises AudioError.
     """

@@ -1,10 +1,9 @@
 """Does the device compute what the CPU computes, and is the text right?
 
-    python3 eval_accuracy.py                         # 3 s of synthetic sound
-    python3 eval_accuracy.py --audio a.wav b.wav     # all chunks of recordings
-    python3 eval_accuracy.py --manifest test.jsonl   # and character error rates
-    python3 eval_accuracy.py --json > report.json    # the same as JSON
-    python3 eval_accuracy.py --device cpu --dtype bfloat16    # without an NPU
+    .venv/bin/python eval_accuracy.py                         # 3 s of synthetic sound
+    .venv/bin/python eval_accuracy.py --audio a.wav b.wav     # recordings
+    .venv/bin/python eval_accuracy.py --manifest test.jsonl   # character error rates
+    .venv/bin/python eval_accuracy.py --device cpu --dtype bfloat16   # without an NPU
 
 The reference is the CPU in float32, the candidate is the device. The device
 decodes each clip three times: in float32, then in its dtype in a full batch
@@ -30,7 +29,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -96,6 +94,10 @@ class Recording:
     clips: list[Clip] = field(default_factory=list)
     is_complete: bool = False  # whether it was read and compared to its end
 
+    def warn(self, message: str) -> None:
+        """Write a warning to stderr."""
+        common.notice(f"warning: {self.path}: {message}")
+
 
 # --- Command ---
 
@@ -104,10 +106,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options; exits with status 2 where they are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("input").add_mutually_exclusive_group().add_argument
-    add("--audio", nargs="+", action="extend", default=[], metavar="PATH",
+    add("--audio", nargs="+", action="extend", default=[], type=os.path.expanduser, metavar="PATH",
         help="Audio files. (default: a sweep, which is a tone that rises from 200 to 800 Hz in 3 s)")  # fmt: skip
-    add("--manifest", metavar="FILE", help='A file with a line {"audio": "a.wav", "text": "..."} for each recording, '
-        "whose paths are relative to its folder: then the report has the character error rate too.")  # fmt: skip
+    add("--manifest", type=os.path.expanduser, metavar="FILE",
+        help='A file with a line {"audio": "a.wav", "text": "..."} for each recording, whose paths are relative to its '
+        "folder: then the report has the character error rate too.")  # fmt: skip
     common.add_model_options(parser, "the evaluation ends with status 2")
     parser.set_defaults(device="npu")
     add = parser.add_argument_group("output").add_argument
@@ -126,37 +129,15 @@ def run(args: argparse.Namespace) -> int:
     device = common.select_device(args.device)
     forbid_hf32(device)
     dtype = common.select_dtype(args.dtype, device)
-    load = functools.partial(common.load_model, args.model)
-    cpu, exact, candidate = load(torch.device("cpu"), torch.float32), load(device, torch.float32), load(device, dtype)
-    reference_of = functools.partial(Reference, cpu, dtype=dtype, max_new_tokens=args.max_new_tokens)
-    measure(recordings, reference_of, exact, candidate, args.chunk_length)
-    clips = [clip for recording in recordings for clip in recording.clips]
-    if not clips:
+    cpu = common.load_model(args.model, torch.device("cpu"), torch.float32)
+    in_float32 = common.load_model(args.model, device, torch.float32)
+    candidate = common.load_model(args.model, device, dtype)
+    measure(recordings, cpu, in_float32, candidate, args)
+    if not any(recording.clips for recording in recordings):
         raise common.SetupError(f"there is nothing to compare: none of {len(recordings)} recordings can be read")
-    complete = [recording for recording in recordings if recording.is_complete]
-    environment = common.environment(device)
-    said = {"npu": ", HF32 off", "cuda": ", TF32 off", "cpu": ": no NPU was tested"}[device.type]
-    described = f"{device} ({environment['device_name']}) in {common.dtype_name(dtype)}{said}"
-    others = "on a CPU no other size is checked" if device.type == "cpu" else "all smaller ones for the first clip"
-    n_failed = sum(bool(clip.faults) for clip in clips)
-    verdict = f"FAIL: {n_failed} of {len(clips)} clips" if n_failed else "PASS"
-    if len(complete) < len(recordings):
-        verdict += f", on {len(complete)} of {len(recordings)} recordings"
-    truth = [recording.text for recording in complete]
-    heard = {"reference": ["".join(clip.text for clip in recording.clips) for recording in complete],
-             "candidate": ["".join(clip.candidate_text for clip in recording.clips) for recording in complete]}
-    report = {
-        "model": args.model, "reference": "cpu in float32", "candidate": described,
-        "batch sizes": f"{common.default_batch_size(device)}; {others}",
-        "clips, tokens": f"{len(clips)}, {sum(clip.n_tokens for clip in clips)}",
-        "text match": f"{sum(clip.text == clip.candidate_text for clip in clips)} of {len(clips)}",
-        "figures": [asdict(figure) for figure in worst([figure for clip in clips for figure in clip.figures])],
-        "cer": {side: character_error_rate(truth, texts) for side, texts in heard.items() if args.manifest},
-        "verdict": verdict, "left_out": [recording.path for recording in recordings if not recording.is_complete],
-        "clips": [asdict(clip) for clip in clips], "environment": environment,
-    }  # fmt: skip
+    report = make_report(recordings, candidate, args)
     common.write_stdout(common.report_json(report) if args.json else format_table(report))
-    return int(n_failed > 0)
+    return int(any(clip["faults"] for clip in report["clips"]))
 
 
 def read_manifest(path: str) -> list[Recording]:
@@ -168,6 +149,8 @@ def read_manifest(path: str) -> list[Recording]:
                 if line.strip():
                     row = json.loads(line)
                     recordings.append(Recording(os.path.join(os.path.dirname(path), row["audio"]), row["text"] + ""))
+                    if segment := row.keys() & {"offset", "duration", "start", "end"}:
+                        raise ValueError(f"a text is that of a whole file, so {min(segment)}: cut the segments first")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             expected = '{"audio": "a.wav", "text": "..."}'
             raise common.SetupError(f"--manifest {path}, line {number}: not {expected} ({error})") from error
@@ -190,29 +173,29 @@ def forbid_hf32(device: torch.device) -> None:
 # --- Measuring ---
 
 
-def measure(recordings: list[Recording], reference_of: Callable, exact, candidate, chunk_length_s: float) -> None:
+def measure(recordings: list[Recording], cpu, in_float32, candidate, args: argparse.Namespace) -> None:
     """Compare the recordings clip by clip, until the device fails: nothing that it returns after that can be believed.
 
-    reference_of gives the Reference of features; exact and candidate are the model on the device, in float32 and in its
-    dtype. Raises SetupError where the reference fails or the device has too little memory.
+    cpu, in_float32 and candidate are Recognizers: on the CPU in float32, on the device in float32 and in its dtype.
+    Raises SetupError where the CPU fails or the device has too little memory.
     """
+    reference_of = functools.partial(Reference, cpu, dtype=candidate.model.dtype, max_new_tokens=args.max_new_tokens)
     other = None
     for i, recording in enumerate(recordings, start=1):
-        path, chunks = recording.path, [common.Chunk(0, 3, common.sweep())]
         try:
-            if path is not None:
-                chunks = common.read_chunks(path, chunk_length_s, lambda text, path=path:
-                                            common.notice(f"warning: {path}: {text}"))  # fmt: skip
+            chunks = [common.Chunk(0, 3, common.sweep())]
+            if recording.path is not None:
+                chunks = common.read_chunks(recording.path, args.chunk_length, recording.warn)
             for chunk in chunks:
-                clip = Clip(f"{path or 'sweep'}, {chunk.start:.1f} to {chunk.end:.1f} s")
+                clip = Clip(f"{recording.path or 'sweep'}, {chunk.start:.1f} to {chunk.end:.1f} s")
                 recording.clips.append(clip)
                 common.notice(f"recording {i} of {len(recordings)}: {clip.name}")
-                features = common.extract_features(candidate.extractor, chunk.waveform)
-                reference, is_first = reference_of(features), other is None
-                if is_first:  # reversed in time it is another input, which shares all batches
-                    other = reference_of(features.flip(-1))
+                features, is_first = common.extract_features(cpu.extractor, chunk.waveform), other is None
+                reference = reference_of(features)
+                # Reversed in time the first clip is another input, which shares all batches.
+                other = other or reference_of(features.flip(-1))
                 try:
-                    compare_clip(clip, reference, other, exact, candidate, is_first)
+                    compare_clip(clip, reference, other, in_float32, candidate, is_first)
                 except common.OutOfMemoryError:
                     raise
                 except common.DeviceError as error:
@@ -220,7 +203,7 @@ def measure(recordings: list[Recording], reference_of: Callable, exact, candidat
                     return
             recording.is_complete = True
         except common.AudioError as error:
-            common.notice(f"error: {path}: {error}: left out")
+            common.notice(f"error: {recording.path}: {error}: left out")
 
 
 class Rounded(torch.overrides.TorchFunctionMode):
@@ -250,7 +233,8 @@ class Reference:
         """Decode the clip, and encode it once more with rounding. Raises DeviceError."""
         self.recognizer, self.features, self.max_new_tokens = recognizer, features, max_new_tokens
         self.rounded, self.known = Rounded(dtype), {}
-        [self.token_ids], _, self.encoded = common.generate(recognizer, [features], max_new_tokens)
+        decoded = common.generate(recognizer, [features], max_new_tokens)
+        self.token_ids, self.encoded = decoded.token_ids[0], decoded.encoded
         with torch.inference_mode(), self.rounded:
             self.encoded_rounded = recognizer.model.model.encoder(features).last_hidden_state
 
@@ -276,7 +260,7 @@ class Reference:
         return Computed(token_ids, encoded[0], model.proj_out(hidden[0, len(self.recognizer.initial_tokens) - 1 :]))
 
 
-def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, candidate, is_first: bool) -> None:
+def compare_clip(clip: Clip, reference: Reference, other: Reference, in_float32, candidate, is_first: bool) -> None:
     """Hold the device, in float32 and in its dtype, against the reference. Raises DeviceError.
 
     other is another input, which shares the batches. The device decodes the first clip to the decoder's last position
@@ -284,12 +268,13 @@ def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, cand
     """
     device = candidate.model.device
     clip.n_tokens, clip.text = len(reference.token_ids), reference.text(reference.token_ids)
-    compare_rows(clip, [reference], exact, IN_FLOAT32)
+    compare_rows(clip, [reference], in_float32, IN_FLOAT32)
     full = common.default_batch_size(device)
-    for size in range(2 if is_first and device.type != "cpu" else full, full + 1):
-        # The other input is the first row and the clip the last, so that rows in reverse order are noticed.
-        rows = [*([other, reference, reference, reference] * size)[: size - 1], reference]
-        if not compare_rows(clip, rows, candidate, f"in a batch of {size}"):
+    sizes = range(2, full + 1) if is_first and device.type != "cpu" else [full]
+    for size in sizes:
+        # The two take turns; the last row is the clip and the first is not, so that rows in reverse order are noticed.
+        turns = [other, reference] * size
+        if not compare_rows(clip, [*turns[: size - 1], reference], candidate, f"in a batch of {size}"):
             break
     compare_rows(clip, [reference], candidate, "alone")
     if is_first:
@@ -301,20 +286,18 @@ def compare_clip(clip: Clip, reference: Reference, other: Reference, exact, cand
 
 def compare_rows(clip: Clip, rows: list[Reference], recognizer: common.Recognizer, how: str) -> bool:
     """Hold a batch, whose last row is the clip, against the reference; whether no fault shows. Raises DeviceError."""
-    figures, n_faults = [], len(clip.faults)
-    max_new_tokens = common.MAX_NEW_TOKENS if how == TO_END else rows[-1].max_new_tokens
     try:
-        batch = decode_rows(recognizer, rows, max_new_tokens)
+        batch = decode_rows(recognizer, rows, common.MAX_NEW_TOKENS if how == TO_END else rows[-1].max_new_tokens)
     except common.DeviceError as error:
         raise type(error)(f"{error} ({how})") from error
-    for row, found in zip(rows, batch, strict=True):
-        expected, rounding = row.computed(found.token_ids)
+    figures, n_faults = [], len(clip.faults)
+    for reference, found in zip(rows, batch, strict=True):
+        expected, rounding = reference.computed(found.token_ids)
         of_row = limited(compare(expected, found), rounding, f"{clip.name}, {how}", how == IN_FLOAT32)
         figures += of_row
-        if how != TO_END:
-            if row is rows[-1]:
-                clip.candidate_text = row.text(found.token_ids)
-            note_difference(clip, row, found, not any(figure.is_fault for figure in of_row), how)
+        if how != TO_END:  # there no text ends
+            note_difference(clip, reference, found, not any(figure.is_fault for figure in of_row), how)
+            clip.candidate_text = reference.text(found.token_ids)
     clip.figures += (shown := worst(figures))
     clip.faults += [f"{f.name} {f.value:.3g} is not below {f.limit:.3g} ({how})" for f in shown if f.is_fault]
     return len(clip.faults) == n_faults
@@ -324,14 +307,14 @@ def decode_rows(recognizer: common.Recognizer, rows: list[Reference], max_new_to
     """Decode a batch of the rows' features as inference.py does: what comes out of each row. Raises DeviceError."""
     model, steps = recognizer.model, []
     with model.proj_out.register_forward_hook(lambda module, inputs, output: steps.append(output[:, -1])):
-        token_ids, _, encoded = common.generate(recognizer, [row.features for row in rows], max_new_tokens)
-    exist = range(model.config.vocab_size)
-    if len(token_ids) != len(rows) or not all(i in exist for ids in token_ids for i in ids):
-        raise common.DeviceError(f"{model.device} gives {len(token_ids)} rows for a batch of {len(rows)}, or token ids "
-                                 "that do not exist")  # fmt: skip
+        decoded = common.generate(recognizer, [row.features for row in rows], max_new_tokens)
+    n_rows, exist = len(decoded.token_ids), range(model.config.vocab_size)
+    if n_rows != len(rows) or not all(token_id in exist for ids in decoded.token_ids for token_id in ids):
+        raise common.DeviceError(f"{model.device} gives {n_rows} rows for a batch of {len(rows)}, or token ids that do "
+                                 "not exist")  # fmt: skip
     with torch.inference_mode(), common.device_errors(model.device):
-        return [Computed(ids, encoded[i].cpu(), torch.stack([step[i] for step in steps[: len(ids)]]).cpu())
-                for i, ids in enumerate(token_ids)]  # fmt: skip
+        return [Computed(ids, decoded.encoded[i].cpu(), torch.stack([step[i] for step in steps[: len(ids)]]).cpu())
+                for i, ids in enumerate(decoded.token_ids)]  # fmt: skip
 
 
 def note_difference(clip: Clip, reference: Reference, found: Computed, is_sound: bool, how: str) -> None:
@@ -350,31 +333,32 @@ def note_difference(clip: Clip, reference: Reference, found: Computed, is_sound:
         margin = (expected[ours[i]] - expected[theirs[i]]).item()
         error = (found.logits[i] - expected).abs().max().item()
     our_token, their_token = (reference.recognizer.tokenizer.decode(ids[i : i + 1]) for ids in (ours, theirs))
-    said = clip.notes if is_sound and margin <= 2 * error else clip.faults
     difference = f"text differs from token {i} on: {their_token!r} for {our_token!r}"
     difference += f", which the reference prefers by {margin:.3g} ({how})"
-    if difference not in said:  # another row of the batch may show the same
-        said.append(difference)
+    is_tie = is_sound and margin <= 2 * error
+    remarks = clip.notes if is_tie else clip.faults
+    if difference not in remarks:  # another row of the batch may show the same
+        remarks.append(difference)
 
 
 # --- Figures ---
 
 
-def compare(reference: Computed, candidate: Computed) -> dict[str, float]:
-    """The figures of a candidate c and its reference r in float64, in the order of the table.
+def compare(expected: Computed, found: Computed) -> dict[str, float]:
+    """The figures of what was found, c, and what was expected, r, in float64, in the order of the table.
 
     The first four are of the raw logits. The last, which is of the logits less each token's mean over the vocabulary,
     leaves out what softmax does not see.
     """
     norm = torch.linalg.vector_norm
-    r, c = reference.logits.double(), candidate.logits.double()
-    error, encoded = c - r, reference.encoded.double()
+    r, c = expected.logits.double(), found.logits.double()
+    error, encoded = c - r, expected.encoded.double()
     values = {
         "cosine similarity": (r * c).sum() / (norm(r) * norm(c)),
         "largest absolute error": error.abs().max(),
         "mean absolute error": error.abs().mean(),
         "relative error": error.abs().max() / (r.max() - r.min()),
-        "encoder error": norm(candidate.encoded.double() - encoded) / norm(encoded),
+        "encoder error": norm(found.encoded.double() - encoded) / norm(encoded),
         "logits error": norm(error - error.mean(1, keepdim=True)) / norm(r - r.mean(1, keepdim=True)),
     }
     return {name: value.item() for name, value in values.items()}
@@ -422,8 +406,44 @@ def character_error_rate(references: list[str], hypotheses: list[str]) -> float:
 # --- Report ---
 
 
+def make_report(recordings: list[Recording], candidate: common.Recognizer, args: argparse.Namespace) -> dict:
+    """The content of the report: what was compared and found, the worst figures, the verdict, and each clip."""
+    device, dtype = candidate.model.device, common.dtype_name(candidate.model.dtype)
+    environment, clips = common.environment(device), [clip for recording in recordings for clip in recording.clips]
+    complete = [recording for recording in recordings if recording.is_complete]
+    truth = [recording.text for recording in complete]
+    heard = {"reference": ["".join(clip.text for clip in recording.clips) for recording in complete],
+             "candidate": ["".join(clip.candidate_text for clip in recording.clips) for recording in complete]}
+    remark = {"npu": ", HF32 off", "cuda": ", TF32 off", "cpu": ": no NPU was tested"}[device.type]
+    others = "on a CPU no other size is checked" if device.type == "cpu" else "all smaller ones for the first clip"
+    return {
+        "model": args.model, "reference": "cpu in float32",
+        "candidate": f"{device} ({environment['device_name']}) in {dtype}{remark}",
+        "batch sizes": f"{common.default_batch_size(device)}; {others}",
+        "clips, tokens": f"{len(clips)}, {sum(clip.n_tokens for clip in clips)}",
+        "text match": f"{sum(clip.text == clip.candidate_text for clip in clips)} of {len(clips)}",
+        "figures": [asdict(figure) for figure in worst([figure for clip in clips for figure in clip.figures])],
+        "cer": {side: character_error_rate(truth, texts) for side, texts in heard.items() if args.manifest},
+        "verdict": verdict(clips, len(recordings) - len(complete), f"{device} in {dtype}"),
+        "left_out": [recording.path for recording in recordings if not recording.is_complete],
+        "clips": [asdict(clip) for clip in clips], "environment": environment,
+    }  # fmt: skip
+
+
+def verdict(clips: list[Clip], n_left_out: int, candidate: str) -> str:
+    """PASS or FAIL, and what that means in a sentence; n_left_out recordings were not compared to their end."""
+    n_failed, n = sum(bool(clip.faults) for clip in clips), f"{len(clips)} clip{'s' * (len(clips) != 1)}"
+    if n_failed:
+        sentence = f"FAIL: {candidate} does not compute what the CPU computes in float32: {n_failed} of {n}"
+    else:
+        figure = max((f for clip in clips for f in clip.figures if f.limit), key=lambda f: f.badness)
+        sentence = f"PASS: {candidate} computes what the CPU computes in float32; {n}, worst "
+        sentence += f"{figure.name}, {figure.badness:.2f} of its limit, in {figure.where}"
+    return sentence + (f"; recordings left out: {n_left_out}" if n_left_out else "")
+
+
 def format_table(report: dict) -> str:
-    """The report for a person: each figure where it is worst, the verdict, and why a clip failed."""
+    """The report for a person: each figure where it is worst, why a clip failed, and at the end the verdict."""
     header = "model", "reference", "candidate", "batch sizes", "clips, tokens", "text match"
     rows = {name: report[name] for name in header}
     rows[""] = f"{'value':<12}{'limit':<12}{'rounding':<12}largest in"
@@ -432,11 +452,11 @@ def format_table(report: dict) -> str:
         rows[figure["name"]] = "".join(f"{number:<12}" for number in numbers) + figure["where"]
     for side, rate in report["cer"].items():
         rows[f"CER of the {side}"] = f"{100 * rate:.4f} %" if rate >= 0 else "no text to count"
-    lines = [f"{name:<26}  {value}\n" for name, value in (rows | {"verdict": report["verdict"]}).items()]
+    lines = [f"{name:<26}  {value}\n" for name, value in rows.items()]
     for clip in report["clips"]:
         lines += [f"note {clip['name']}: {note}\n" for note in clip["notes"]]
     lines += [f"FAIL {clip['name']}: {'; '.join(clip['faults'])}\n" for clip in report["clips"] if clip["faults"]]
-    return "".join(lines)
+    return "".join(lines) + report["verdict"] + "\n"
 
 
 if __name__ == "__main__":
