@@ -256,15 +256,17 @@ def device_errors(device: torch.device) -> Iterator[None]:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """The versions and the device that a measurement depends on."""
+    """The versions and the device that a measurement depends on; the name of a CPU says what bfloat16 it computes."""
     import transformers
 
     name, torch_npu, cann = platform.machine(), None, None
-    if device.type != "cpu":
-        name = torch.get_device_module(device).get_device_name(device.index)
-    elif os.path.exists("/proc/cpuinfo"):
+    if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    features = {"AMX": torch.cpu._is_amx_tile_supported(), "AVX512-BF16": torch.cpu._is_avx512_bf16_supported()}
+    name += f" with {' and '.join(filter(features.get, features)) or 'neither AMX nor AVX512-BF16'}"
+    if device.type != "cpu":
+        name = torch.get_device_module(device).get_device_name(device.index)
     if device.type == "npu":
         torch_npu = sys.modules["torch_npu"].__version__
         with contextlib.suppress(AttributeError):
@@ -272,7 +274,7 @@ def environment(device: torch.device) -> dict[str, object]:
     return {
         "device": str(device), "device_name": name, "torch": torch.__version__, "torch_npu": torch_npu, "cann": cann,
         "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),  # macOS has none
     }  # fmt: skip
 
 

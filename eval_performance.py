@@ -1,8 +1,8 @@
 """How fast is it, where does the time go, and what does the device bring over the CPU?
 
-    python3 eval_performance.py                         # 3 s, on CPU and NPU
-    python3 eval_performance.py --audio meeting.wav     # real speech
-    python3 eval_performance.py --batch-sizes 1,4,16    # full windows
+    .venv/bin/python eval_performance.py                         # 3 s, on CPU and NPU
+    .venv/bin/python eval_performance.py --audio meeting.wav     # real speech
+    .venv/bin/python eval_performance.py --batch-sizes 1,4,16    # full windows
 
 A run is what inference.py does, from the file to the text. The stages are timed
 in runs of their own, in which each stage waits for the one before it to end;
@@ -26,6 +26,7 @@ import common  # before torch: it sets how that is imported
 import numpy as np
 import soundfile
 import torch
+from tqdm import tqdm
 
 import inference
 
@@ -46,7 +47,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count = common.number(int, 1)
     add = parser.add_argument_group("input").add_argument
-    add("--audio", nargs="+", action="extend", default=[], metavar="PATH",
+    add("--audio", nargs="+", action="extend", default=[], type=os.path.expanduser, metavar="PATH",
         help="Audio files, which are decoded to the end of their text. (default: a sweep, which is a tone that rises "
         "from 200 to 800 Hz in 3 s)")  # fmt: skip
     add("--batch-sizes", type=batch_sizes, default=[], metavar="N,N...",
@@ -119,9 +120,7 @@ class Stopwatch:
         self.last_s = now_s
 
 
-def run_once(
-    recognizer: common.Recognizer, paths: list[str], options: inference.Options
-) -> list[inference.Recording]:  # fmt: skip
+def run_once(recognizer: common.Recognizer, paths: list[str], options: inference.Options) -> list[inference.Recording]:
     """Transcribe recordings as inference.py does, up to the text that it would write. Raises SetupError."""
     recordings = []
     for recording in inference.transcribe(recognizer, paths, options):
@@ -142,19 +141,20 @@ def measure(
 
     samples_s are in the order of the runs, without the warm-up; peak_bytes, of the device's memory, is None for a CPU.
     """
-    device, samples_s, stopwatches = recognizer.model.device, [], []
-    n_runs = args.warmup + args.runs
+    device, n_runs, samples_s, stopwatches = recognizer.model.device, args.warmup + args.runs, [], []
     memory = torch.get_device_module(device) if device.type != "cpu" else None
     if memory:
         memory.reset_peak_memory_stats(device)
-    for i in range(n_runs):
-        started_s = clock(device)
-        recordings = run_once(recognizer, paths, options)
-        samples_s.append(clock(device) - started_s)
-        stopwatches.append(Stopwatch(device))
-        run_once(replace(recognizer, lap=stopwatches[-1]), paths, options)
-        if i == 0:
-            common.notice(f"{label} on {device}: the first of {2 * n_runs} runs took {samples_s[0]:.1f} s")
+    often_s = 0.1 if sys.stderr.isatty() else 60  # a log gets a line a minute
+    with tqdm(total=2 * n_runs, desc=f"{label} on {device}", unit="run", mininterval=often_s) as bar:
+        for _ in range(n_runs):
+            started_s = clock(device)
+            recordings = run_once(recognizer, paths, options)
+            samples_s.append(clock(device) - started_s)
+            bar.update()
+            stopwatches.append(Stopwatch(device))
+            run_once(replace(recognizer, lap=stopwatches[-1]), paths, options)
+            bar.update()
     samples_s, first_s = samples_s[args.warmup :], samples_s[0]
     stages_s = {stage: [watch.stages_s[stage] for watch in stopwatches[args.warmup :]] for stage in STAGES}
     return {
@@ -237,7 +237,8 @@ def format_report(report: dict, args: argparse.Namespace) -> str:
     text = "\n".join(lines) + "\n\n"
     for column in columns:
         e = column["environment"]
-        text += f"{column['name']}: {e['device_name']}, {e['threads']} threads on {e['cpus']} CPUs, torch {e['torch']}"
+        text += f"{column['name']}: {e['device_name']}, {e['threads']} threads on {e['cpus']} CPUs"
+        text += f", torch {e['torch']}, transformers {e['transformers']}"
         text += f", torch-npu {e['torch_npu']}, CANN {e['cann']}\n" if e["torch_npu"] else "\n"
     return text + f"peak memory of the process: {report['peak_rss_bytes'] / 1e6:.0f} MB\n"
 
