@@ -45,23 +45,22 @@ def transcribe(corpus: Path, out: Path) -> subprocess.Popen:
 def run(n_kills: int, n_files: int, seed: int) -> int:
     """Kill and start again, with a look at every output in between; how many kills hit a run. Exits where one is lost.
 
-    A kill comes at a random moment after the first output of its run, so that it does not only hit the start.
+    A kill comes a moment after a random number of outputs of its run, so that it does not only hit the start.
     """
     rng, n_hit = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as folder:
         corpus, out, undisturbed = (Path(folder) / name for name in ("corpus", "out", "undisturbed"))
         make_corpus(corpus, n_files, seed)
-        started = time.monotonic()
         transcribe(corpus, undisturbed).communicate()
-        expected, whole_s = contents(undisturbed), time.monotonic() - started
+        expected = contents(undisturbed)
         if len(expected) != 5 * n_files:
             sys.exit(f"{len(expected)} outputs of {n_files} files")
         while n_hit < n_kills:
-            n_before = len(contents(out)) if out.exists() else 0
+            n_wanted = len(contents(out)) + rng.randint(1, len(expected) // max(4, n_kills))
             process = transcribe(corpus, out)
-            while process.poll() is None and (len(contents(out)) if out.exists() else 0) == n_before:
+            while process.poll() is None and len(contents(out)) < n_wanted:
                 time.sleep(0.005)
-            time.sleep(rng.random() * whole_s / max(4, n_kills))
+            time.sleep(0.02 * rng.random())
             if process.poll() is not None:  # it was done before the kill: begin anew
                 process.communicate()
                 shutil.rmtree(out)
