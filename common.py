@@ -792,31 +792,32 @@ def decode(
     """
     from transformers import DynamicCache, EncoderDecoderCache
 
-    model, eos, token_mask = recognizer.model, recognizer.tokenizer.eos_token_id, recognizer.token_mask
+    model, eos, n_initial = recognizer.model, recognizer.tokenizer.eos_token_id, len(recognizer.initial_tokens)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    token_ids = recognizer.initial_tokens.expand(len(encoded), -1)  # a copy from the host would wait for the encoder
-    n_initial = token_ids.shape[1]
-    positions = torch.arange(min(n_initial + max_new_tokens, N_POSITIONS), device=model.device)
-    position = positions[:n_initial]
-    ended, chosen = torch.zeros(len(encoded), dtype=torch.bool, device=model.device), []
-    for i in range(len(positions) - n_initial):
-        hidden = model.model.decoder(
-            input_ids=token_ids, encoder_hidden_states=encoded, past_key_values=cache, cache_position=position
-        ).last_hidden_state
-        # At first two positions count: <|startoftranscript|>, for no_speech_probs, and the last, for the first token.
-        # Later there is only one, which both indices give.
-        logits = model.proj_out(hidden[:, -START_LENGTH :: START_LENGTH - 1]).float()
-        if i == 0:
-            no_speech_probs = logits[:, 0].softmax(-1).index_select(1, recognizer.initial_tokens[-1:] - 1)[:, 0]
-            if needs_cpu_attention(model.device, model.dtype):  # then once, not at every token
-                for layer in cache.cross_attention_cache.layers:
-                    layer.keys, layer.values = layer.keys.float(), layer.values.float()
-        chosen.append((logits[:, -1] + token_mask[min(i, 1)]).max(-1))
-        ended |= chosen[i].indices == eos
-        if (i + 1) % CHECK_EVERY == 0 and ended.all():
-            break
-        token_ids, position = chosen[i].indices[:, None], positions[n_initial + i : n_initial + i + 1]
-    rows = torch.stack([step.indices for step in chosen], 1).tolist()
+    positions = torch.arange(N_POSITIONS, device=model.device)
+
+    def forward(token_ids: torch.Tensor, first: int) -> torch.Tensor:
+        """The hidden states of the tokens that stand at the positions from first on, (batch, n_tokens, d_model)."""
+        return model.model.decoder(
+            input_ids=token_ids, encoder_hidden_states=encoded, past_key_values=cache,
+            cache_position=positions[first : first + token_ids.shape[1]],
+        ).last_hidden_state  # fmt: skip
+
+    hidden = forward(recognizer.initial_tokens.expand(len(encoded), -1), 0)
+    no_speech = recognizer.tokenizer.convert_tokens_to_ids("<|notimestamps|>") - 1
+    no_speech_probs = model.proj_out(hidden[:, -START_LENGTH]).float().softmax(-1)[:, no_speech]
+    if needs_cpu_attention(model.device, model.dtype):  # then once, not at every token
+        for layer in cache.cross_attention_cache.layers:
+            layer.keys, layer.values = layer.keys.float(), layer.values.float()
+    n_most, chosen = min(max_new_tokens, N_POSITIONS - n_initial), []
+    for i in range(n_most):
+        scores = model.proj_out(hidden[:, -1]).float() + recognizer.token_mask[min(i, 1)]
+        chosen.append(scores.max(-1))
+        if (i + 1) % CHECK_EVERY == 0 or i + 1 == n_most:
+            rows = torch.stack([step.indices for step in chosen], 1).tolist()
+            if i + 1 == n_most or all(eos in row for row in rows):
+                break
+        hidden = forward(chosen[i].indices[:, None], n_initial + i)
     rows = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
     scores = torch.stack([step.values for step in chosen], 1).tolist()
     if not all(np.isfinite(of_row[: len(row)]).all() for row, of_row in zip(rows, scores, strict=True)):
