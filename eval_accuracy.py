@@ -306,14 +306,15 @@ def compare_rows(clip: Clip, rows: list[Reference], recognizer: common.Recognize
 def decode_rows(recognizer: common.Recognizer, rows: list[Reference], max_new_tokens: int) -> list[Computed]:
     """Decode a batch of the rows' features as inference.py does: what comes out of each row. Raises DeviceError."""
     model, steps = recognizer.model, []
-    with model.proj_out.register_forward_hook(lambda module, inputs, output: steps.append(output[:, -1])):
+    with model.proj_out.register_forward_hook(lambda module, inputs, output: steps.append(output)):
         decoded = common.generate(recognizer, [row.features for row in rows], max_new_tokens)
     n_rows, exist = len(decoded.token_ids), range(model.config.vocab_size)
     if n_rows != len(rows) or not all(token_id in exist for ids in decoded.token_ids for token_id in ids):
         raise common.DeviceError(f"{model.device} gives {n_rows} rows for a batch of {len(rows)}, or token ids that do "
                                  "not exist")  # fmt: skip
     with torch.inference_mode(), common.device_errors(model.device):
-        return [Computed(ids, decoded.encoded[i].cpu(), torch.stack([step[i] for step in steps[: len(ids)]]).cpu())
+        logits = torch.stack(steps[1:], 1)  # the first were for the probability of no speech
+        return [Computed(ids, decoded.encoded[i].cpu(), logits[i, : len(ids)].cpu())
                 for i, ids in enumerate(decoded.token_ids)]  # fmt: skip
 
 
