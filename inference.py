@@ -365,6 +365,7 @@ def plan_outputs(inputs: dict[str, str], args: argparse.Namespace, several: bool
 COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
 ECHO_NO_SPEECH_PROB = 0.3  # nearly all speech is below it; noise in which a prompt was echoed has 0.5 and more
 LOGPROB_LIMIT = -1.0  # openai/whisper's: below it a text is not to be believed
+LONGEST_WAIT = 8  # batches, while the parts of chunks wait for others: the text and the progress must not stand still
 UNHEARD_S = 1.0  # of loud sound without a character: shorter ones are coughs and chairs
 FRAME_S = 0.02  # of the encoder's output
 QUIETER_DB = 30  # a pause is more than this below the loudest part of a chunk or, in noise,
@@ -382,27 +383,23 @@ def transcribe(
     stages are timed. Where the device fails, nothing that it returns can be believed: all recordings that have begun
     come with an error, and then DeviceError is raised.
     """
-    batch_size = options.batch_size
     chunks = read_recordings(paths, recognizer, options)
     # On a CPU both would compete for the cores.
     if recognizer.model.device.type != "cpu" and recognizer.lap is common.untimed:
-        chunks = ahead(chunks, batch_size)
-    while batch := next_batch(chunks, batch_size):
-        try:
-            batch_size = recognize(recognizer, batch, batch_size, options)
-            if options.decode_again:
-                batch = hear_again(recognizer, batch, batch_size, options)
-        except common.DeviceError as error:
-            for recording in dict.fromkeys(chunk.recording for chunk in batch):
-                recording.error = recording.error or str(error)
-                yield recording
-            raise
-        for chunk in batch:
-            chunk.waveform = None
+        chunks = ahead(chunks, options.batch_size)
+    begun = {}  # its keys are the recordings, in order, that have begun and not ended
+    try:
+        for chunk in hear_again(recognizer, decoded_batches(recognizer, chunks, options, begun), options):
             chunk.recording.chunks.append(chunk)
             on_chunk(chunk)
             if chunk.is_last:
+                del begun[chunk.recording]
                 yield chunk.recording
+    except common.DeviceError as error:
+        for recording in begun:
+            recording.error = recording.error or str(error)
+            yield recording
+        raise
 
 
 def read_recordings(paths: Iterable[str], recognizer: common.Recognizer, options: Options) -> Iterator[Chunk]:
@@ -458,6 +455,20 @@ def ahead(items: Iterable, n: int) -> Iterator:
             yield item
     finally:
         thread.shutdown(cancel_futures=True)
+
+
+def decoded_batches(
+    recognizer: common.Recognizer, chunks: Iterator[Chunk], options: Options, begun: dict[Recording, None]
+) -> Iterator[tuple[list[Chunk], int]]:  # fmt: skip
+    """The chunks in batches, decoded, each with the batch size that fits the device; adds recordings to begun.
+
+    A batch has batch_size chunks with features, and those without features between them. Raises DeviceError.
+    """
+    batch_size = options.batch_size
+    while batch := next_batch(chunks, batch_size):
+        begun.update(dict.fromkeys(chunk.recording for chunk in batch))
+        batch_size = recognize(recognizer, batch, batch_size, options)
+        yield batch, batch_size
 
 
 def next_batch(chunks: Iterator[Chunk], batch_size: int) -> list[Chunk]:
@@ -548,24 +559,35 @@ def without_loop(ids: list[int]) -> list[int]:
 
 
 def hear_again(
-    recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, options: Options
-) -> list[Chunk]:  # fmt: skip
-    """The chunks, with two parts in the place of each that the model has not heard whole. Raises DeviceError.
+    recognizer: common.Recognizer, batches: Iterable[tuple[list[Chunk], int]], options: Options
+) -> Iterator[Chunk]:  # fmt: skip
+    """The chunks of decoded batches, in order, with two parts in the place of each that the model has not heard whole.
 
-    A part is left out if its text is unlikely; where none is kept, the chunk stays. Parts are not cut again: a third
-    try made text of noise.
+    An accelerator decodes the parts of several batches together: when they fill one, when a recording ends or after
+    LONGEST_WAIT batches. Until then the chunks wait here, without their sound. Parts are not cut again: a third try
+    made text of noise. Raises DeviceError.
     """
-    halves = {chunk: halve(recognizer, chunk, place_s, options) for chunk in chunks if (place_s := place_to_cut(chunk))}
-    recognizer.lap("features")
-    recognize(recognizer, [part for parts in halves.values() for part in parts], batch_size, options)
-    heard = []
-    for chunk in chunks:
-        parts = halves.get(chunk, [])
-        for part in parts:
-            part.left_out = part.left_out or (part.avg_logprob < LOGPROB_LIMIT and options.no_speech_threshold < 1)
-        chunk.recording.n_again += bool(parts)
-        heard += parts if any(not part.left_out for part in parts) else [chunk]
-    return heard
+    waiting, n_parts = {}, 0  # chunks, in order, with their parts
+    for batch, batch_size in batches:
+        at_once = recognizer.model.device.type == "cpu" or any(chunk.is_last for chunk in batch)
+        for chunk in batch:
+            place_s = place_to_cut(chunk) if options.decode_again else None
+            waiting[chunk] = halve(recognizer, chunk, place_s, options) if place_s else []
+            chunk.waveform = None
+            n_parts += len(waiting[chunk])
+            is_full = n_parts + 2 > batch_size or len(waiting) >= LONGEST_WAIT * batch_size
+            if is_full or (chunk is batch[-1] and (at_once or n_parts == 0)):
+                recognize(recognizer, list(itertools.chain(*waiting.values())), batch_size, options)
+                for whole, parts in waiting.items():
+                    whole.recording.n_again += bool(parts)
+                    yield from parts if is_heard_better(parts) else [whole]
+                waiting, n_parts = {}, 0
+
+
+def is_heard_better(parts: list[Chunk]) -> bool:
+    """Whether the parts of a chunk, if it has any, take its place: where one is left out or its text is unlikely, the
+    chunk may have more of what was said."""
+    return bool(parts) and all(not part.left_out and part.avg_logprob >= LOGPROB_LIMIT for part in parts)
 
 
 def place_to_cut(chunk: Chunk) -> float | None:
@@ -605,6 +627,8 @@ def halve(recognizer: common.Recognizer, chunk: Chunk, place_s: float, options: 
     second = Chunk(middle_s, chunk.end, chunk.waveform[place:], chunk.recording, is_last=chunk.is_last)
     for part in (first, second):
         prepare(recognizer, part, options)
+        part.waveform = None
+    recognizer.lap("features")
     return [first, second]
 
 

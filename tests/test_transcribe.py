@@ -5,7 +5,7 @@ import threading
 import common
 import numpy as np
 import pytest
-from conftest import options_of, write
+from conftest import FAKE, MODEL, needs_fake, options_of, run, write
 from tone_speech import random_text, spoken, synthesize
 
 import inference
@@ -167,6 +167,52 @@ def test_a_chunk_stays_whole_where_none_of_its_parts_is_kept(tmp_path, transcrib
     [recording] = transcribe(write(tmp_path / "a.wav", synthesize("こんにちは")), max_new_tokens=1)
     assert inference.full_text(recording, "ja") == text and recording.error is None
     assert (recording.n_windows, recording.n_again) == (3, 1)
+
+
+COUNTED = """if True:
+    import sys, common, inference
+    sizes, generate = [], common.generate
+    def counted(recognizer, features, *rest):
+        sizes.append(len(features))
+        return generate(recognizer, features, *rest)
+    common.generate, sys.argv[0] = counted, "inference.py"
+    status = inference.main(sys.argv[1:])
+    print(*sizes, file=sys.stderr)
+    sys.exit(status)
+"""
+
+
+@needs_fake
+def test_an_accelerator_decodes_the_parts_of_several_batches_together(tmp_path):
+    """Of a dialogue whose long sentences reach the token limit; a CPU decodes them batch by batch."""
+    rng, dialogue = np.random.default_rng(0), []
+    for n_kana in rng.integers(1, 13, 30):
+        dialogue += [synthesize(random_text(rng, n_kana)), np.zeros(16_000, np.float32)]
+    path = write(tmp_path / "a.flac", np.concatenate(dialogue))
+    options = ["--model", MODEL, "--audio", path, "--batch-size", "4", "--chunk-length", "6", "--max-new-tokens", "9"]
+    texts, sizes = [], []
+    for device in ("cpu", "npu"):
+        result = run("-c", COUNTED, *options, "--device", device, environment=FAKE)
+        assert result.returncode == 0, result.stderr
+        texts.append(result.stdout)
+        sizes.append([*map(int, result.stderr.splitlines()[-1].split())])
+    assert texts[0] == texts[1] and sum(sizes[0]) == sum(sizes[1])
+    assert len(sizes[1]) == -(-sum(sizes[1]) // 4) < len(sizes[0]), sizes
+
+
+@needs_fake
+@pytest.mark.parametrize("device, expected", [("npu", "4 4 4"), ("cpu", "4 4 2")])
+def test_a_recording_whose_parts_wait_fails_with_the_device(tmp_path, device, expected):
+    """On an NPU parts of the second batch wait while the third one fails; on a CPU they are the third."""
+    text = "さ、" * 15 + "あいうえおかきくけ、" + "さ、" * 40
+    paths = [write(tmp_path / "0.wav", synthesize("あ")), write(tmp_path / "1.flac", synthesize(text))]
+    lost = "if len(sizes) == 3:\n            raise common.DeviceError('lost')\n        return generate"
+    options = ["--model", MODEL, "--audio", *paths, "--device", device, "--batch-size", "4", "--max-new-tokens", "8"]
+    code = COUNTED.replace("return generate", lost)
+    result = run("-c", code, *options, "--chunk-length", "5", environment=FAKE)
+    failed, *_, error, sizes = result.stderr.splitlines()
+    assert (result.returncode, result.stdout, sizes) == (2, f"{paths[0]}\tあ\n", expected), result.stderr
+    assert f"{paths[1]}: lost" in failed and "recordings not reached: 0" in error
 
 
 @pytest.mark.parametrize("text", ["いう" + "あ" * 30, "あい" * 8, "かきくけこ、" * 5])
