@@ -635,9 +635,18 @@ def halve(recognizer: common.Recognizer, chunk: Chunk, place_s: float, options: 
 # --- Times: cross-attention -> when each character is spoken ---
 
 N_HEADS = 10  # attention heads that are used, at most: the best number in arXiv 2509.09987
-FASTEST = 20  # characters in a second of speech: twice as many as anyone speaks
-LONGEST_UNIT_S = 2.0  # of loud sound; a character that takes longer shows that the alignment has missed text
-SHORT_PAUSE_S = 0.2  # separates characters; at 0.3 a sentence that follows after 0.1 s of silence is shown 0.2 s early
+FASTEST = 20  # units in a second of speech: twice as many as anyone speaks
+LONGEST_UNIT_S = 2.0  # of loud sound; a unit that takes longer shows that the alignment has missed text
+SHORT_PAUSE_S = 0.2  # separates units; at 0.3 a sentence that follows after 0.1 s of silence is shown 0.2 s early
+
+
+@dataclass
+class Unit:
+    """The smallest piece of a text that is timed: a token, or all tokens of a character, with the signs beside it."""
+
+    tokens: slice  # of the chunk's token_ids; where the decoder looks as it predicts them, they are spoken
+    first: int  # the first of its characters in the text
+    stop: int  # the character after its last one
 
 
 def force_texts(
@@ -649,19 +658,20 @@ def force_texts(
     (n_heads, n_tokens, n_positions) float32, computed from its queries and keys, because the kernels that compute
     attention do not hand the weights out. And the log-probability of each token, (n_tokens,) float32 on the CPU.
     """
-    model, first = recognizer.model, len(recognizer.initial_tokens) - 1
-    layers, outputs = [layer.encoder_attn for layer in model.model.decoder.layers], []
+    model, first, outputs = recognizer.model, len(recognizer.initial_tokens) - 1, {}
+    layers = [layer.encoder_attn for layer in model.model.decoder.layers]
     with contextlib.ExitStack() as hooks:
         for linear in itertools.chain(*((layer.q_proj, layer.k_proj) for layer in layers)):
-            hooks.enter_context(linear.register_forward_hook(lambda module, args, output: outputs.append(output)))
+            hook = linear.register_forward_hook(lambda linear, _, output: outputs.update({linear: output}))
+            hooks.enter_context(hook)
         inputs = common.decoder_inputs(recognizer, token_ids)
         hidden = model.model.decoder(input_ids=inputs, encoder_hidden_states=encoded, use_cache=False).last_hidden_state
     for i, ids in enumerate(token_ids):
         row, weights = slice(first, first + len(ids)), []
-        for layer, queries, keys in zip(layers, outputs[::2], outputs[1::2], strict=True):
-            query = queries[i, row].float() * layer.scaling
-            query, key = (states.unflatten(-1, (layer.num_heads, -1)) for states in (query, keys[i].float()))
-            weights.append((query.transpose(0, 1) @ key.permute(1, 2, 0)).softmax(-1))
+        for layer in layers:
+            queries, keys = outputs[layer.q_proj][i, row].float() * layer.scaling, outputs[layer.k_proj][i].float()
+            queries, keys = (states.unflatten(-1, (layer.num_heads, -1)).transpose(0, 1) for states in (queries, keys))
+            weights.append((queries @ keys.mT).softmax(-1))
         logits = model.proj_out(hidden[i, row]).float()
         logits += recognizer.token_mask[[0] + [1] * (len(ids) - 1)]
         chosen = torch.tensor(ids, device=model.device)[:, None]
@@ -674,94 +684,81 @@ def force_texts(
 def set_times(chunk: Chunk, tokenizer, weights: torch.Tensor) -> None:
     """Set the times of the characters of a chunk whose text is set; weights are as force_texts yields them.
 
-    Characters that are spoken are aligned with the loud frames, so that none falls into a pause. Where align finds
-    nothing to believe, they are spread evenly over the loud frames.
+    The units are aligned with the loud frames, so that none falls into a pause. Where align finds nothing to believe,
+    the characters are spread evenly over the loud frames.
     """
-    text = tokenizer.decode(chunk.token_ids, skip_special_tokens=True)
-    n_stripped = len(text) - len(re.sub(common.CONTROL, " ", text).lstrip())
-    runs = token_runs(tokenizer, chunk.token_ids, text)
-    chunk.token_starts = {characters[0] - n_stripped for _, characters in runs}
-    units = spoken_units(runs, text)
-    frames = chunk.loud_frames[chunk.loud_frames < weights.shape[-1]]
+    units, chunk.token_starts = find_units(tokenizer, chunk.token_ids[:-1], chunk.text)
+    frames = chunk.loud_frames
     if len(units) > FASTEST * FRAME_S * len(frames):  # a bang, next to which the speech looks quiet: use all frames
         frames = np.arange(min(weights.shape[-1], math.ceil((chunk.end - chunk.start) / FRAME_S)))
-    # A character of several tokens is spoken in one place. The last row is the end of the text.
-    looks = [*(weights[:, tokens].mean(1) for tokens, _ in units if tokens), weights[:, -1]]
-    unit_of_frame = align(torch.stack(looks, 1), frames) if len(looks) > 1 else None
-    if unit_of_frame is not None:
-        chunk.unheard_frames = frames[unit_of_frame == len(units)]
-    elif len(looks) == 1:  # nothing is spoken
+    looks = [weights[:, unit.tokens].mean(1) for unit in units]
+    edges = align(torch.stack([*looks, weights[:, -1]], 1), frames) if units else None
+    chunk.aligned, times = edges is not None, spread(frames, len(chunk.text))
+    if chunk.aligned:
+        before, *of_units, after = np.split(frames, edges)
+        for unit, own in zip(units, of_units, strict=True):
+            times[unit.first : unit.stop] = spread(own, unit.stop - unit.first)
+        chunk.unheard_frames = np.append(before, after)
+    elif not units:
         chunk.unheard_frames = frames
-    chunk.aligned, times, n_done = unit_of_frame is not None, spread(frames, len(text)), 0
-    for i, (_, stop) in enumerate(units if chunk.aligned else []):
-        times[n_done:stop] = spread(frames[unit_of_frame == i], stop - n_done)
-        n_done = stop
-    chunk.times = chunk.start + times[n_stripped : n_stripped + len(chunk.text)]
+    chunk.times = chunk.start + times
 
 
-def token_runs(tokenizer, ids: list[int], text: str) -> list[tuple[range, range]]:
-    """Which tokens make which characters of the text they decode to: (indices of tokens, indices of characters).
+def find_units(tokenizer, ids: list[int], text: str) -> tuple[list[Unit], set[int]]:
+    """The units of a chunk's text in order, which together are all of it, and the characters that a token begins with.
 
-    A character may take several tokens, and a token may be several characters; each run is as short as it can be.
+    Punctuation and spaces are not spoken. They belong to the unit before them; but from an opening bracket or a space
+    on, to the unit after them. A text of which nothing is spoken has no unit.
     """
-    runs, token, character = [], 0, 0
-    for i in range(1, len(ids) + 1):
-        prefix = tokenizer.decode(ids[:i], skip_special_tokens=True)
-        if len(prefix) > character and text.startswith(prefix):  # the bytes of half a character decode to another one
-            runs.append((range(token, i), range(character, len(prefix))))
-            token, character = i, len(prefix)
-    return runs
+    from transformers.models.whisper.tokenization_whisper import bytes_to_unicode
+
+    # In UTF-8 these bytes continue a character, and no others do; a token may begin with one.
+    inner = {symbol for byte, symbol in bytes_to_unicode().items() if 0x80 <= byte < 0xC0}
+    tokens = map(str, tokenizer.convert_ids_to_tokens(ids))  # None where an id has no token
+    borders = [i for i, token in enumerate(tokens) if i == 0 or token[0] not in inner]
+    units, token_starts, stop = [], set(), 0
+    for i, j in itertools.pairwise([*borders, len(ids)]):
+        first = stop
+        token_starts.add(first)
+        decoded = tokenizer.decode(ids[i:j], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for character in re.sub(common.CONTROL, " ", decoded):
+            stop += character == text[stop : stop + 1]  # others are spaces that the text has lost
+        if re.search(r"\w", text[first:stop]):
+            units.append(Unit(slice(i, j), first, stop))
+    for unit, following in itertools.pairwise(units):
+        signs = range(unit.stop, following.first)
+        unit.stop = following.first = next((i for i in signs if text[i] in NOT_LAST + " "), following.first)
+    if units:
+        units[0].first, units[-1].stop = 0, len(text)
+    return units, token_starts
 
 
-def spoken_units(runs: list[tuple[range, range]], text: str) -> list[tuple[list[int], int]]:
-    """The runs of token_runs that are spoken: (indices of tokens, index of the character after them).
+def align(looks: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
+    """Which of the frames each unit has, by dynamic time warping: unit i has frames[edges[i] : edges[i + 1]].
 
-    Punctuation and spaces are not spoken: they go with the tokens before them, opening brackets with those after. A
-    text of which nothing is spoken is one unit without tokens.
-    """
-    units = []
-    for tokens, characters in runs:
-        spoken = re.search(r"\w", text[characters[0] : characters.stop])
-        if units and not spoken and text[characters[0]] not in NOT_LAST + " ":
-            units[-1] = units[-1][0], characters.stop
-        elif units and not units[-1][0]:
-            units[-1] = list(tokens) if spoken else [], characters.stop
-        else:
-            units.append((list(tokens) if spoken else [], characters.stop))
-    if len(units) > 1 and not units[-1][0]:
-        units[-2:] = [(units[-2][0], units[-1][1])]
-    return units
-
-
-def align(weights: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
-    """Which unit each of the frames belongs to, (n_frames,) int64, by dynamic time warping.
-
-    weights are (n_heads, n_units, n_positions), and only the heads that look most sharply count: those with the
-    largest L2 norms of rows and columns (arXiv 2509.09987). Every unit gets at least one frame. The last one is the end
-    of the text: it gets what sounds before and after the speech. None where the result is not to be believed, because a
-    unit takes longer than LONGEST_UNIT_S or most units take a single frame.
+    looks are (n_heads, n_units + 1, n_positions), and only the heads that look most sharply count: those with the
+    largest L2 norms of rows and columns (arXiv 2509.09987). The last row is the end of the text: it gets what sounds
+    before and after the speech. None where the result is not to be believed, because a unit takes longer than
+    LONGEST_UNIT_S or most units take a single frame.
     """
     import librosa
 
-    n_heads, n_units, _ = weights.shape
-    if n_units > len(frames):
+    n_heads, n_rows, _ = looks.shape
+    if n_rows > len(frames):
         return None
-    weights = weights[:, :, frames]
-    sharpness = weights.norm(dim=1).sum(-1) + weights.norm(dim=2).sum(-1)
-    weights = weights[sharpness.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
-    matrix = torch.nn.functional.normalize(weights, dim=1).mean(0).cpu().numpy()
+    looks = looks[:, :, frames]
+    sharpness = looks.norm(dim=1).sum(-1) + looks.norm(dim=2).sum(-1)
+    looks = looks[sharpness.topk(max(1, min(N_HEADS, n_heads // 4))).indices]
+    matrix = torch.nn.functional.normalize(looks, dim=1).mean(0).cpu().numpy()
     _, steps = librosa.sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))
-    units = steps[::-1, 0].copy()
-    looks, end = weights.mean(0).cpu().numpy(), n_units - 1
-    for i in np.flatnonzero(np.diff(frames) * FRAME_S >= SHORT_PAUSE_S):
-        own = np.flatnonzero(units == (unit := units[i]))
-        if own[-1] > i and unit < end:  # no unit goes on after a pause: it stays on the side that it looks at
-            if own[looks[unit, own].argmax()] <= i:
-                units[own[own > i]] += 1
-            else:  # what sounds before the first one goes with the end
-                units[own[own <= i]] = unit - 1 if unit > 0 else end
-    counts = np.bincount(units, minlength=n_units)[:end]
-    return None if counts.max() * FRAME_S > LONGEST_UNIT_S or np.mean(counts == 1) > 0.5 else units
+    edges, looks = np.searchsorted(steps[::-1, 0], np.arange(n_rows)), looks.mean(0).cpu().numpy()
+    for pause in np.flatnonzero(np.diff(frames) * FRAME_S >= SHORT_PAUSE_S) + 1:
+        if edges[0] < pause < edges[-1] and pause not in edges:  # a unit stays on the side of it where it looks most
+            unit = np.searchsorted(edges, pause) - 1
+            peak = edges[unit] + looks[unit, edges[unit] : edges[unit + 1]].argmax()
+            edges[unit + 1 if peak < pause else unit] = pause
+    counts = np.diff(edges)
+    return None if counts.max() * FRAME_S > LONGEST_UNIT_S or np.mean(counts == 1) > 0.5 else edges
 
 
 def spread(frames: np.ndarray, n: int) -> np.ndarray:
@@ -858,17 +855,17 @@ def split_sentence(chunk: Chunk, first: int, stop: int, qualities: list[int]) ->
     places = [i for i in range(first + 1, stop) if chunk.text[first:i].strip() and chunk.text[i:stop].strip()]
     pauses = {i: starts[i] - ends[i - 1] for i in places}
     long = [i for i in places if pauses[i] >= LONG_PAUSE_S and qualities[i] > 1]
-    fits = ends[stop - 1] - starts[first] <= LONGEST_CUE_S
-    fits = fits and len(break_lines(chunk.text[first:stop], qualities[first:stop])) <= CUE_LINES
+    n_lines = len(break_lines(chunk.text[first:stop], qualities[first:stop]))
+    fits = n_lines <= CUE_LINES and ends[stop - 1] - starts[first] <= LONGEST_CUE_S
     if not places or (fits and not long):
         return [(first, stop)]
 
     def goodness(i: int) -> float:
         """How good it is to cut before a character: its quality, up to 3 for a pause of 1 s or more, and down to -6 at
-        the ends of the text."""
-        return (qualities[i] or -100) + 3 * min(pauses[i], 1) - 6 * ((2 * i - first - stop) / (stop - first)) ** 2
+        the ends of the text. The two weights have no source."""
+        return qualities[i] + 3 * min(pauses[i], 1) - 6 * ((2 * i - first - stop) / (stop - first)) ** 2
 
-    cut = max(long or places, key=goodness)
+    cut = max(long or [i for i in places if qualities[i]] or places, key=goodness)
     return [*split_sentence(chunk, first, cut, qualities), *split_sentence(chunk, cut, stop, qualities)]
 
 

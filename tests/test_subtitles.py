@@ -150,6 +150,53 @@ def test_bytes_of_a_character_share_its_time_and_half_a_character_turns_no_time_
     assert (np.diff(chunk.times.ravel()) >= 0).all() and (np.diff(chunk.times) > 0).all()
 
 
+@pytest.mark.parametrize("n_tokens", [370, 400, 430, 1000])
+def test_units_are_made_of_whole_tokens_and_whole_characters(recognizer, n_tokens):
+    """Against the offsets with which a tokenizer writes texts, from bytes and halves of characters to whole words."""
+    texts = ["「こんにちは」、「漢字」は難しい。「😀」と言った、「はい」", "（笑）そうですか？ ええ。"]
+    texts += ["さようなら👨‍👩‍👧é。Hello the world, it's 12,345円", "ー々㌔ﾊﾟ𠮷野家"]
+    tokenizer = recognizer.tokenizer.train_new_from_iterator(3 * texts, n_tokens, show_progress=False)
+    for text in texts:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        units, token_starts = inference.find_units(tokenizer, encoded.input_ids, text)
+        firsts, stops = zip(*encoded.offset_mapping, strict=True)
+        assert token_starts == {first for first, done in zip(firsts, (0, *stops), strict=False) if first >= done}
+        assert "".join(text[unit.first : unit.stop] for unit in units) == text
+        for unit in units:
+            assert unit.first <= firsts[unit.tokens.start] and stops[unit.tokens][-1] <= unit.stop
+            assert re.search(r"\w", text[firsts[unit.tokens.start] : stops[unit.tokens][-1]])
+        assert not any(text[unit.stop - 1] in inference.NOT_LAST for unit in units)
+
+
+@pytest.mark.parametrize("written, units", [
+    (" He said . あ ? ", ["H", "e", " s", "a", "i", "d.", " あ?"]),  # transformers takes out spaces before signs
+    ("あ\tい\n", ["あ", " い"]), ("、。", []), ("", []), ("「『あ」。（い、「う」", ["「『あ」。", "（い、", "「う」"]),
+])  # fmt: skip
+def test_units_are_all_of_the_text_that_is_left_of_the_tokens(recognizer, written, units, monkeypatch):
+    monkeypatch.setattr(recognizer.tokenizer, "clean_up_tokenization_spaces", True)  # as for kotoba-whisper
+    ids = recognizer.tokenizer(written, add_special_tokens=False).input_ids
+    assert units_of(recognizer.tokenizer, ids) == units
+
+
+@pytest.mark.parametrize("missing, units", [(slice(1), ["か\ufffd\ufffd", "き"]), (slice(1, 2), ["か\ufffd", "き"])])
+def test_bytes_that_make_no_character_belong_to_what_is_before_them(recognizer, missing, units):
+    """A character's first byte is missing, or the next one; the text is what the tokenizer makes of the rest."""
+    before, kanji, after = recognizer.tokenizer(["か", "漢", "き"], add_special_tokens=False).input_ids
+    del kanji[missing]
+    assert units_of(recognizer.tokenizer, [*before, *kanji, *after]) == units
+    assert units_of(recognizer.tokenizer, [*before, *kanji]) == units[:1]
+
+
+def units_of(tokenizer, ids: list[int]) -> list[str]:
+    """The characters of each unit of a decoded text, among which must be those of the unit's tokens."""
+    chunk = inference.Chunk(0, 0, None, None)
+    inference.set_text(chunk, tokenizer, [*ids, tokenizer.eos_token_id], 0.0)
+    units, _ = inference.find_units(tokenizer, ids, chunk.text)
+    shown = [chunk.text[unit.first : unit.stop] for unit in units]
+    assert all(tokenizer.decode(ids[unit.tokens]).strip() in text for unit, text in zip(units, shown, strict=True))
+    return shown
+
+
 def test_a_bang_does_not_hide_the_speech(tmp_path, transcribe):
     """Noise 34 dB above the speech after it: nothing but the noise is loud."""
     speech = 0.02 * synthesize("こんにちは、さようなら")
