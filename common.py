@@ -523,7 +523,7 @@ def open_sound(path: str, warn: Callable[[str], None]) -> Iterator[Sound]:
         with open(path, "rb", buffering=0) as file:
             size, head = os.fstat(file.fileno()).st_size, os.pread(file.fileno(), 12, 0)
             has_ffmpeg, reader = shutil.which("ffmpeg") is not None, None
-            if re.match(b"RIFF|FORM|fLaC", head) or not has_ffmpeg:
+            if re.match(b"(?i:RIFF)|FORM|fLaC", head) or not has_ffmpeg:  # W64 begins with riff
                 try:
                     reader = contextlib.nullcontext(Sound(file))
                 except AudioError as error:
@@ -643,7 +643,8 @@ def warn_of_bytes(file, head: bytes, warn: Callable[[str], None]) -> None:
         declared = 8 + length if 36 < length < 0x7F000000 else 0
     if declared - size > 1 << 12:
         warn(f"{declared - size} bytes that its header declares are missing at the end")
-    if (end := max(file.tell(), declared)) and size - end > 1 << 16:
+    end = max(file.tell(), declared)
+    if end and size - end > 1 << 16 and head[:4] != b"riff":  # in W64 an editor's overview may follow
         warn(f"{size - end} bytes behind the end that its header declares were not read")
 
 
@@ -682,9 +683,11 @@ def is_steady(waveform: np.ndarray, rate: int) -> bool:
 
     Less than SHORTEST_STEADY_S is too short to tell, unless it is digital silence.
     """
-    levels = mean_squares(waveform, rate, STEADY_WINDOW_S)
-    steady = levels.max() <= np.percentile(levels, 10) * 10 ** (STEADY_DB / 10)
-    return bool(steady and (len(waveform) >= SHORTEST_STEADY_S * rate or levels.max() == 0))
+    for samples in (waveform, np.diff(waveform, prepend=waveform[:1])):  # the slopes show a voice under a loud hum
+        levels = mean_squares(samples, rate, STEADY_WINDOW_S)
+        if levels.max() > np.percentile(levels, 10) * 10 ** (STEADY_DB / 10):
+            return False
+    return len(waveform) >= SHORTEST_STEADY_S * rate or bool(levels.max() == 0)
 
 
 def split_at_pauses(blocks: Iterable[np.ndarray], rate: int, chunk_length_s: float) -> Iterator[np.ndarray]:
