@@ -681,13 +681,14 @@ def mix(channels: np.ndarray) -> np.ndarray:
 def is_steady(waveform: np.ndarray, rate: int) -> bool:
     """Whether a waveform is so steady that nobody speaks in it, however loud it is: silence, hum, noise.
 
-    Less than SHORTEST_STEADY_S is too short to tell, unless it is digital silence.
+    Its slope must be steady too: there a voice stands out from a hum, and from music that television's compressor keeps
+    at one level. Less than SHORTEST_STEADY_S is too short to tell, unless it is digital silence.
     """
-    for samples in (waveform, np.diff(waveform, prepend=waveform[:1])):  # the slopes show a voice under a loud hum
+    for samples in (waveform, np.diff(waveform, prepend=waveform[:1])):
         levels = mean_squares(samples, rate, STEADY_WINDOW_S)
         if levels.max() > np.percentile(levels, 10) * 10 ** (STEADY_DB / 10):
             return False
-    return len(waveform) >= SHORTEST_STEADY_S * rate or bool(levels.max() == 0)
+    return len(waveform) >= SHORTEST_STEADY_S * rate or not levels.any()
 
 
 def split_at_pauses(blocks: Iterable[np.ndarray], rate: int, chunk_length_s: float) -> Iterator[np.ndarray]:
