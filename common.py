@@ -486,7 +486,7 @@ class Sound:
         except soundfile.LibsndfileError as error:
             raise AudioError(error.error_string.rstrip(".")) from error
         if (self.decoder.format, self.decoder.subtype) == ("W64", "PCM_32"):
-            raise AudioError("libsndfile takes the floats of some W64 for integers")
+            raise AudioError("32-bit W64, whose floats it takes for integers")
         if self.decoder.frames == 0:
             raise AudioError("it has no samples")
         self.decoder.seekable = lambda: False  # else soundfile seeks after every read, and MP3 is wrong for 40 ms
