@@ -553,9 +553,9 @@ def decode(path: Path, sound: Sound, program: str) -> np.ndarray:
 def read(path: Path) -> tuple[int, np.ndarray, list[str]]:
     """The sampling rate, the samples and the warnings of a recording. Raises common.AudioError."""
     warnings = []
-    rates, blocks = zip(*common.read_blocks(str(path), warnings.append), strict=True)
-    [rate] = set(rates)
-    return rate, np.concatenate(blocks), warnings
+    with common.open_sound(str(path), warnings.append) as sound:
+        samples = np.concatenate(list(common.mix_down(sound.blocks(), sound.rate)))
+    return sound.rate, samples, warnings
 
 
 def faults_of(recording: Recording, folder: Path) -> list[str]:
