@@ -31,10 +31,14 @@ def make_corpus(folder: Path, n_files: int, seed: int) -> None:
         soundfile.write(folder / str(i % 7) / f"{i}.wav", synthesize(text), 16_000)
 
 
+def outputs(folder: Path) -> list[Path]:
+    """The paths of the outputs in a folder."""
+    return [path for path in folder.rglob("*") if path.suffix[1:] in ("txt", "srt", "vtt", "tsv", "json")]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """The outputs in a folder, by their paths in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.suffix[1:] in
-            ("txt", "srt", "vtt", "tsv", "json")}  # fmt: skip
+    return {str(path.relative_to(folder)): path.read_bytes() for path in outputs(folder)}
 
 
 def transcribe(corpus: Path, out: Path) -> subprocess.Popen:
@@ -56,9 +60,9 @@ def run(n_kills: int, n_files: int, seed: int) -> int:
         if len(expected) != 5 * n_files:
             sys.exit(f"{len(expected)} outputs of {n_files} files")
         while n_hit < n_kills:
-            n_wanted = len(contents(out)) + rng.randint(1, len(expected) // max(4, n_kills))
+            n_wanted = len(outputs(out)) + rng.randint(1, len(expected) // max(4, n_kills))
             process = transcribe(corpus, out)
-            while process.poll() is None and len(contents(out)) < n_wanted:
+            while process.poll() is None and len(outputs(out)) < n_wanted:
                 time.sleep(0.005)
             time.sleep(0.02 * rng.random())
             if process.poll() is not None:  # it was done before the kill: begin anew
