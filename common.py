@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -79,8 +80,8 @@ def add_model_options(
 ) -> None:
     """Declare the options that all three scripts have; without_npu says what happens where no NPU is usable."""
     add = parser.add_argument_group("model, device and decoding").add_argument
-    add("--model", default=MODEL, metavar="NAME", help="A model on the hub, which the first run downloads (1.5 GB), or "
-        "a local folder. (default: %(default)s)")  # fmt: skip
+    add("--model", type=os.path.expanduser, default=MODEL, metavar="NAME", help="A model on the hub, which the first "
+        "run downloads (1.5 GB), or a local folder. (default: %(default)s)")  # fmt: skip
     add("--device", metavar="NAME", help="npu, npu:N, cpu, cuda or cuda:N. (default: the NPU; where none is usable, "
         f"{without_npu})")  # fmt: skip
     add("--dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto",
@@ -113,27 +114,44 @@ def notice(message: str) -> None:
 
 
 def write_stdout(text: str) -> None:
-    """Write results. Raises OSError where stdout takes nothing; that is BrokenPipeError where the reader has gone."""
+    """Write results. Raises BrokenPipeError where the reader has gone, and SetupError where stdout takes nothing."""
+    if sys.stdout is None:
+        raise SetupError("cannot write to stdout: it is closed")
     try:
         tqdm.write(text, end="")
         sys.stdout.flush()
-    except OSError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at exit
-        raise
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise SetupError(f"cannot write to stdout: {error.strerror}") from error
+
+
+def interrupt(number: int, frame: object) -> None:
+    """End the run as Ctrl-C does: the handler of other signals."""
+    raise KeyboardInterrupt(number)
 
 
 def run_script(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Call run(args) and return the exit status; where the run ends early, one line on stderr says why."""
     with contextlib.suppress(AttributeError):  # a StringIO in the place of stdout takes any text
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale and the file names
+    signals = [signal.SIGTERM, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
+    signals = [number for number in signals if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
+    for number in signals:
+        signal.signal(number, interrupt)
     try:
         return run(args)
     except BrokenPipeError:  # the reader of stdout, such as head, has seen enough
         return 141
     except (SetupError, OSError) as error:
         message, status = f"error: {first_line(error)}", 2
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
+    except KeyboardInterrupt as error:
+        [number] = error.args or [signal.SIGINT]
+        message, status = f"interrupted by {signal.Signals(number).name}", 128 + number
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
     notice(message)
     return status
 
@@ -165,7 +183,7 @@ def select_device(name: str | None, local_rank: int = 0) -> torch.device:
         except SetupError as error:
             if name is not None:
                 raise SetupError(f"--device {name}: {error}; or use --device cpu") from error
-            notice(f"warning: running on the CPU, not on an NPU: {error}")
+            notice(f"warning: no NPU here, so the CPU is used: {error}; --device cpu leaves this line out")
             return torch.device("cpu")
     sys.modules.setdefault("torch_npu", None)  # else transformers imports it, which fails where CANN is absent
     index = int(index or local_rank)
@@ -311,10 +329,12 @@ def download_model(name: str) -> str:
         patterns = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # no such model, a full disk, whatever the network raises
-        reason = first_line(error.__cause__ or error)
+        cause = error.__cause__ or error
+        reason = getattr(cause, "strerror", None) or type(cause).__name__  # what the network says has 600 characters
         remedy = "check the name (a private model needs hf auth login); where the hub cannot be reached, set "
         remedy += "HF_ENDPOINT=https://hf-mirror.com, or name a folder that has the model"
-        raise SetupError(f"--model {name}: no such folder, and no download ({reason}): {remedy}") from error
+        hub = huggingface_hub.constants.ENDPOINT
+        raise SetupError(f"--model {name}: no such folder, and no download from {hub} ({reason}): {remedy}") from error
 
 
 def prompt_tokens(tokenizer, text: str) -> list[int]:

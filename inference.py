@@ -1,15 +1,16 @@
 """Transcribe Japanese recordings with kotoba-whisper-v2.0 on an Ascend NPU or a CPU.
 
-    python3 inference.py --audio meeting.mp3
-    python3 inference.py --audio recordings/ -o transcripts/ -f srt
-    torchrun --nproc-per-node 8 inference.py --audio corpus/ -o out/ --skip-existing
+    .venv/bin/python inference.py meeting.mp3
+    .venv/bin/python inference.py recordings/ -o transcripts/ -f srt
+    .venv/bin/torchrun --nproc-per-node 8 inference.py corpus/ -o out/ --skip-existing
 
 The transcript goes to stdout or to files in --output-dir, and everything else to
 stderr.
 
 Exit status: 0 every recording was transcribed; 1 some were not; 2 wrong options,
-or a device or model that cannot be used or that fails on the way; 130
-interrupted; 141 the reader of stdout has gone.
+outputs that are already there, or a device or model that cannot be used or that
+fails on the way; 128 + n ended by signal n (130: Ctrl-C); 141 the reader of
+stdout has gone.
 """
 import argparse
 import contextlib
@@ -22,6 +23,7 @@ import re
 import secrets
 import sys
 import time
+import types
 import unicodedata
 import zlib
 from collections import Counter, deque
@@ -33,6 +35,7 @@ from datetime import timedelta
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # Python leaves that out with -P and -I
 import common  # before torch: it sets how that is imported
 import numpy as np
+import soundfile
 import torch
 from tqdm import tqdm
 
@@ -102,6 +105,7 @@ class Chunk(common.Chunk):
 
 START_TIMEOUT = timedelta(minutes=1)  # in which the processes of torchrun, which starts them together, find each other
 END_TIMEOUT = timedelta(days=30)  # in which all of them have ended
+REDRAW_S, LOG_EVERY_S = 0.1, 60  # from one state of the progress bar to the next on a terminal, and in a log
 FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 NO_SPEECH_THRESHOLD = 0.7  # openai/whisper's 0.6 lost 6 whole sentences in 1162 inputs, this one 1 (tests/README.md)
 
@@ -110,9 +114,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options; exits with status 2 where they are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("input").add_argument
-    add("--audio", nargs="+", action="extend", required=True, metavar="PATH",
+    add("audio", nargs="*", action="extend", type=os.path.expanduser, default=[], metavar="PATH",
         help="Audio or video files, or folders to search for them.")  # fmt: skip
-    add("--language", default="ja", metavar="CODE", help="A language that the model knows. (default: %(default)s)")
+    add("--audio", nargs="+", action="extend", type=os.path.expanduser, metavar="PATH", help="The same.")
+    add("--language", default="ja", metavar="NAME", help="A language that the model knows, such as ja or Japanese. "
+        "(default: %(default)s)")  # fmt: skip
     add("--task", choices=["transcribe", "translate"], default="transcribe", help="translate gives English or, with "
         "kotoba's bilingual model, the language in --language. (default: %(default)s)")  # fmt: skip
     add("--prompt", default="", metavar="TEXT", help="Names and terms of the recordings, as they are to be written, in "
@@ -127,11 +133,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="Leave a chunk out where the model's probability that nobody speaks is above P; 1 keeps all, "
         "steady sound too. (default: %(default)s)")  # fmt: skip
     add = parser.add_argument_group("output").add_argument
-    add("--output-dir", "-o", metavar="DIR", help="Write files into this folder. (default: write to stdout)")
+    add("--output-dir", "--output", "-o", type=os.path.expanduser, metavar="DIR", help="Write files into this folder. "
+        "(default: write to stdout)")  # fmt: skip
     add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt", help="all, and srt, vtt and tsv of several "
         "recordings, need --output-dir. (default: %(default)s)")  # fmt: skip
-    add("--skip-existing", action="store_true", help="Skip the recordings whose outputs are all in --output-dir.")
-    return parser.parse_args(argv)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--skip-existing", action="store_true", help="Where outputs are already in --output-dir, leave those that are "
+        "not older than their recordings. (default: refuse to start)")  # fmt: skip
+    add("--overwrite", action="store_true", help="Where outputs are already in --output-dir, replace them.")
+    # Other programs have _ in the names of their options.
+    argv = [re.sub(r"^--[a-z_]+(?=$|=)", lambda match: match[0].replace("_", "-"), argument)
+            for argument in (sys.argv[1:] if argv is None else argv)]  # fmt: skip
+    args = parser.parse_intermixed_args(argv)
+    if not args.audio:
+        parser.error("which recordings? Name files or folders")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,98 +156,146 @@ def main(argv: list[str] | None = None) -> int:
     return common.run_script(run_with_others if torch.distributed.is_torchelastic_launched() else run, args)
 
 
+def run(args: argparse.Namespace) -> int:
+    """Transcribe what the arguments name; the exit status. Raises SetupError."""
+    totals = Counter()
+    return transcribe_files(plan(args, totals), totals, args)
+
+
 def run_with_others(args: argparse.Namespace) -> int:
     """Run the command as one of torchrun's processes; the worst exit status of all.
 
-    Each ends its own run with its own line, and all wait for the last, because torchrun stops the others when one
-    fails. Raises SetupError.
+    The first process says what is to be done, and each does its share. Each ends its own run with its own line, and all
+    wait for the last, because torchrun stops the others when one fails. Raises SetupError.
     """
+    totals, work, status, started_s = Counter(), [None], 0, time.perf_counter()
+
+    def plan_all(args: argparse.Namespace) -> int:
+        """Decide what all are to do: the longest first, so that all have about the same to do."""
+        work[0] = sorted(plan(args, totals).items(), key=lambda item: os.path.getsize(item[0]), reverse=True)
+        return 0
+
     try:
         torch.distributed.init_process_group("gloo", timeout=START_TIMEOUT)
         everyone = torch.distributed.new_group(timeout=END_TIMEOUT)
+        rank, results = torch.distributed.get_rank(), [None] * torch.distributed.get_world_size()
+        if rank == 0:
+            status = common.run_script(plan_all, args)
+        torch.distributed.broadcast_object_list(work, group=everyone)
     except (RuntimeError, ValueError, TypeError) as error:
         remedy = "start with torchrun, or unset TORCHELASTIC_RUN_ID, which an earlier torchrun has left"
         raise common.SetupError(f"torchrun's processes do not find each other ({common.first_line(error)}): {remedy}"
                                 ) from error  # fmt: skip
-    status = torch.tensor(common.run_script(run, args))
+    if work[0] is not None:
+        share = dict(work[0][rank :: len(results)])
+        status = common.run_script(lambda args: transcribe_files(share, totals, args), args)
     try:
-        torch.distributed.all_reduce(status, torch.distributed.ReduceOp.MAX, everyone)
+        torch.distributed.all_gather_object(results, (status, totals), everyone)
     except RuntimeError as error:
         common.notice(f"error: another process did not come to its end ({common.first_line(error)})")
-        return int(status) or 1
+        return status or 1
+    if rank == 0 and work[0] is not None:
+        line = closing_line(sum((of_one for _, of_one in results), Counter()), args, time.perf_counter() - started_s)
+        common.notice(f"all processes: {line}")
     torch.distributed.destroy_process_group()
-    return int(status)
+    return max(status for status, _ in results)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Transcribe what the arguments name; the exit status. Raises SetupError."""
-    rank, world_size = 0, 1
-    if torch.distributed.is_initialized():
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    for option, given in (("--skip-existing", args.skip_existing), ("more than one process", world_size > 1)):
+def plan(args: argparse.Namespace, totals: Counter) -> dict[str, list[str]]:
+    """The recordings to transcribe, each with the files to write, none where its text goes to stdout.
+
+    Says and counts what is passed over, cannot be read or is skipped. Raises SetupError.
+    """
+    with_others = torch.distributed.is_initialized()
+    for option, given in (("--skip-existing", args.skip_existing), ("more than one process", with_others)):
         if given and args.output_dir is None:
             raise common.SetupError(f"{option} needs --output-dir")
     inputs, failed, notes = find_audio(args.audio)
-    several = len(inputs) + len(failed) > 1
-    outputs = plan_outputs(inputs, args, several)
-    totals = Counter()
-    if rank == 0:
-        for note in notes:
-            common.notice(note)
-        for recording in failed:
-            count(recording, totals)
-    # The longest first, so that all processes have about the same to do.
-    mine = sorted(outputs, key=os.path.getsize, reverse=True)[rank::world_size] if world_size > 1 else list(outputs)
-    paths = [path for path in mine if not (args.skip_existing and all(map(os.path.isfile, outputs[path])))]
-    totals["skipped"] = len(mine) - len(paths)
-    if paths:
-        # On stdout each of several recordings is one line.
-        stdout_format = "line" if several and args.output_format == "txt" else args.output_format
-        transcribe_files(paths, outputs, stdout_format, totals, args)
-    elif totals["skipped"] or world_size > 1:
-        common.notice(closing_line(totals))
-    return int(totals["failed"] > 0)
+    outputs = plan_outputs(inputs, args, several=len(inputs) + len(failed) > 1)
+    for note in notes:
+        common.notice(note)
+    for recording in failed:
+        count(recording, totals)
+    totals["skipped"] = len(inputs) - len(outputs)
+    return outputs
 
 
-def transcribe_files(
-    paths: list[str], outputs: dict[str, list[str]], stdout_format: str, totals: Counter, args: argparse.Namespace
-) -> None:
-    """Load the model, transcribe recordings and write their outputs. Raises SetupError, also where some are left."""
-    started_s, language = time.perf_counter(), args.language
-    if args.task == "translate" and "bilingual" not in args.model:
-        language = "en"
-        common.notice("kotoba-whisper-v2.0 was trained for Japanese transcription only; to translate, use --model "
-                      "kotoba-tech/kotoba-whisper-bilingual-v1.0 with --language en (or ja, from English)")  # fmt: skip
-    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if torch.distributed.is_initialized() else 0
-    device = common.select_device(args.device, local_rank)
-    dtype = common.select_dtype(args.dtype, device)
-    recognizer = common.load_model(args.model, device, dtype, args.language, args.task, args.prompt)
-    options = Options(args.batch_size or common.default_batch_size(device), args.chunk_length, args.max_new_tokens,
-                      args.no_speech_threshold, args.prompt)  # fmt: skip
-    loaded_s, failure, n_left = time.perf_counter(), None, len(paths)
-    off = torch.distributed.is_initialized() or None  # None: where stderr is no terminal
-    bar = tqdm(disable=off, unit=" s", bar_format="{n:.0f} s of audio [{elapsed}, {rate_noinv_fmt}]")
+def transcribe_files(outputs: dict[str, list[str]], totals: Counter, args: argparse.Namespace) -> int:
+    """Load the model, transcribe recordings and write their outputs; the exit status. Raises SetupError and, where some
+    recordings are left, DeviceError or KeyboardInterrupt."""
+    started_s, failure, n_left = time.perf_counter(), None, len(outputs)
+    if not outputs:
+        if totals["skipped"]:
+            common.notice(closing_line(totals, args))
+        return int(totals["failed"] > 0)
+    recognizer, language = load(args)
+    loaded_s, model = time.perf_counter(), recognizer.model
+    options = Options(args.batch_size or common.default_batch_size(model.device), args.chunk_length,
+                      args.max_new_tokens, args.no_speech_threshold, args.prompt)  # fmt: skip
+    # On stdout each of several recordings is one line.
+    several = len(outputs) + totals["recordings"] > 1
+    stdout_format = "line" if several and args.output_format == "txt" else args.output_format
     as_heard = args.output_dir is None and stdout_format == "txt"  # then there is one recording
+    bar = progress_bar(list(outputs))
 
     def on_chunk(chunk: Chunk) -> None:
         """Show the progress, and the text where it need not wait for the end of its recording."""
-        bar.update(chunk.end - chunk.start)
+        bar.set_description_str(f"file {len(outputs) - n_left + 1} of {len(outputs)}", refresh=False)
+        bar.update(chunk.end - chunk.start if len(outputs) == 1 else chunk.is_last)
         if as_heard:
             common.write_stdout(plain_text(chunk))
 
     with bar:
         try:
-            for recording in transcribe(recognizer, paths, options, on_chunk):
+            for recording in transcribe(recognizer, outputs, options, on_chunk):
                 if recording.error is None and not as_heard:
                     deliver(recording, outputs[recording.path], stdout_format, language)
                 count(recording, totals)
                 n_left -= 1
-        except common.DeviceError as error:
+        except (common.DeviceError, KeyboardInterrupt) as error:
             failure = error
-    common.notice(closing_line(totals, loaded_s - started_s, time.perf_counter() - loaded_s, recognizer.model))
+    how = f" on {model.device} in {common.dtype_name(model.dtype)}, loaded in {loaded_s - started_s:.1f} s"
+    common.notice(closing_line(totals, args, time.perf_counter() - loaded_s, how))
     if failure:
-        remedy = "a run with --output-dir and --skip-existing goes on with them and with those that failed"
-        raise common.SetupError(f"{failure}; recordings not reached: {n_left} ({remedy})")
+        remedy = "the same command with -o DIR --skip-existing goes on, also with those that failed"
+        common.notice(f"recordings not finished: {n_left}; {remedy}")
+        raise failure
+    return int(totals["failed"] > 0)
+
+
+def load(args: argparse.Namespace) -> tuple[common.Recognizer, str]:
+    """The model, on its device, and the code of the language of its texts. Raises SetupError."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if torch.distributed.is_initialized() else 0
+    device = common.select_device(args.device, local_rank)
+    dtype, name = common.select_dtype(args.dtype, device), os.path.basename(args.model.rstrip("/"))
+    common.notice(f"loading {args.model} on {device} in {common.dtype_name(dtype)}")
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE  # takes seconds, and needs the device
+
+    language = TO_LANGUAGE_CODE.get(args.language.lower(), args.language.lower())
+    # Nothing in the model says so but its name.
+    if "kotoba" in name and "bilingual" not in name and (language, args.task) != ("ja", "transcribe"):
+        common.notice(f"warning: {name} was trained for Japanese transcription only; for English and for translation "
+                      "there is --model kotoba-tech/kotoba-whisper-bilingual-v1.0")  # fmt: skip
+    recognizer = common.load_model(args.model, device, dtype, language, args.task, args.prompt)
+    return recognizer, "en" if args.task == "translate" and "bilingual" not in name else language
+
+
+def progress_bar(paths: list[str]) -> tqdm:
+    """A bar on stderr, of one recording in seconds of audio, of several in files; in a log a line every LOG_EVERY_S."""
+    total, layout = len(paths), "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+    if total == 1:
+        total, layout = None, "{n:.0f} s of audio [{elapsed}<{remaining}, {rate_noinv:.3g} times real time]"
+        with contextlib.suppress(soundfile.SoundFileError, OSError), open(paths[0], "rb") as file:
+            total = soundfile.info(file).duration or None
+        layout = "{percentage:3.0f}%|{bar}| " * (total is not None) + layout
+    with_others = torch.distributed.is_initialized()
+    on_terminal = sys.stderr is not None and sys.stderr.isatty() and not with_others
+    every_s = REDRAW_S if on_terminal else LOG_EVERY_S
+    log = types.SimpleNamespace(write=lambda state: state.strip() and common.notice(state.strip()))
+    return tqdm(
+        desc=f"file 1 of {total}", total=total, bar_format=layout, smoothing=0, miniters=0, mininterval=every_s,
+        delay=every_s, file=None if on_terminal else log, disable=with_others and torch.distributed.get_rank() > 0,
+    )  # fmt: skip
 
 
 def count(recording: Recording, totals: Counter) -> None:
@@ -253,14 +317,14 @@ def count(recording: Recording, totals: Counter) -> None:
         common.notice(f"{recording.path}: no speech: {why} (--no-speech-threshold 1 keeps all)")
 
 
-def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, model=None) -> str:
-    """How much was done, how fast and on what, and the counts that are not zero."""
+def closing_line(totals: Counter, args: argparse.Namespace, taken_s: float = 0.0, how: str = "") -> str:
+    """How much was done, how fast and where it is, and the counts that are not zero."""
     n_recordings, audio_s = totals["recordings"] + totals["skipped"], totals["audio_s"]
     line = f"{n_recordings} recording{'s' * (n_recordings != 1)}"
     line += "".join(f", {totals[name]} {name}" for name in ("failed", "skipped") if totals[name])
-    if model is not None:
-        line += f", {audio_s:.1f} s of audio in {taken_s:.1f} s ({audio_s / taken_s:.3g} times real time) on "
-        line += f"{model.device} in {common.dtype_name(model.dtype)}, loaded in {load_s:.1f} s"
+    if taken_s:
+        line += f", {audio_s:.1f} s of audio in {taken_s:.1f} s ({audio_s / taken_s:.3g} times real time){how}"
+    line += f"; the files are in {args.output_dir}" if args.output_dir is not None and n_recordings else ""
     return line + "".join(f"; {name}: {n}" for name, n in totals.items() if n and name.startswith(("warn", "chunk")))
 
 
@@ -268,8 +332,9 @@ def closing_line(totals: Counter, load_s: float = 0.0, taken_s: float = 0.0, mod
 
 AUDIO_EXTENSIONS = (  # what phones, recorders, meetings, television and corpora have; other files are to be named
     ".3g2", ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".asf", ".au", ".avi", ".awb", ".caf", ".dss",
-    ".flac", ".flv", ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".mpeg", ".mpg",
-    ".mts", ".oga", ".ogg", ".opus", ".sph", ".ts", ".vob", ".w64", ".wav", ".webm", ".wma", ".wmv",
+    ".evo", ".flac", ".flv", ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mod", ".mov", ".mp2", ".mp3", ".mp4",
+    ".mpeg", ".mpg", ".mts", ".oga", ".ogg", ".opus", ".qta", ".sph", ".tod", ".tp", ".ts", ".vob", ".vro", ".w64",
+    ".wav", ".webm", ".wma", ".wmv",
 )  # fmt: skip
 HIDDEN = r"[.$@~].*|#recycle|#snapshot|lost[+]found"  # folders of programs, disks, and what was thrown away
 
@@ -331,32 +396,58 @@ def output_names(inputs: dict[str, str]) -> dict[str, str]:
         path: [os.path.splitext(relative)[0], relative, os.path.abspath(path).lstrip(os.sep)]
         for path, relative in inputs.items()
     }
-    while len(counts := Counter(choices[0] for choices in names.values())) < len(names):
-        for choices in names.values():
-            if counts[choices[0]] > 1 and len(choices) > 1:
-                choices.pop(0)
-    return {path: choices[0] for path, choices in names.items()}
+    while True:
+        counts = Counter(one_case(choices[0]) for choices in names.values())
+        doubtful = [choices for choices in names.values() if counts[one_case(choices[0])] > 1 and len(choices) > 1]
+        if not doubtful:
+            return {path: choices[0] for path, choices in names.items()}
+        for choices in doubtful:
+            choices.pop(0)
+
+
+def one_case(name: str) -> str:
+    """A name as disks compare it that ignore case and ways to write が, as on macOS and Windows."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def plan_outputs(inputs: dict[str, str], args: argparse.Namespace, several: bool) -> dict[str, list[str]]:
-    """The paths of each input's output files, none where the text goes to stdout. Makes the folder that they are for.
+    """The inputs to transcribe, each with the files to write, none where the text goes to stdout.
 
-    Raises OSError where it cannot, and SetupError where an output is one of the inputs.
+    Raises SetupError where a file would replace another one unasked, or where the folder does not take any.
     """
     if args.output_dir is None:
         if args.output_format == "all" or (several and args.output_format not in ("txt", "json")):
             raise common.SetupError(f"--output-format {args.output_format} needs --output-dir")
         return {path: [] for path in inputs}
-    os.makedirs(args.output_dir, exist_ok=True)
-    if not os.access(args.output_dir, os.W_OK | os.X_OK):
-        raise common.SetupError(f"--output-dir {args.output_dir}: no permission to write in this folder")
-    extensions = FORMATS if args.output_format == "all" else [args.output_format]
-    owners, outputs = {os.path.realpath(path): path for path in inputs}, {}
+    check = f"--output-dir {args.output_dir}: "
+    extension = os.path.splitext(args.output_dir)[1][1:].lower()
+    if extension in FORMATS and not os.path.isdir(args.output_dir):
+        remedy = f"write -o {os.path.dirname(args.output_dir) or '.'} -f {extension}; the recording gives the name"
+        raise common.SetupError(f"{check}this is to be a folder, not a file: {remedy}")
+    outputs, there, taken = {}, [], {one_case(os.path.realpath(path)): path for path in inputs}
     for path, name in output_names(inputs).items():
-        outputs[path] = [os.path.join(args.output_dir, f"{name}.{extension}") for extension in extensions]
-        for output in outputs[path]:
-            if owner := owners.get(os.path.realpath(output)):
-                raise common.SetupError(f"--output-dir: {output} would overwrite {owner}: name another place")
+        for extension in FORMATS if args.output_format == "all" else [args.output_format]:
+            output = os.path.join(args.output_dir, f"{name}.{extension}")
+            place = one_case(os.path.realpath(output))
+            if place in taken:
+                raise common.SetupError(f"{check}{output} would overwrite {taken[place]}: name another place")
+            taken[place] = output
+            if os.path.exists(output):
+                there.append(output)
+                # As make does: an older one may be the text of a recording that was still being copied.
+                if args.skip_existing and os.path.getmtime(output) >= os.path.getmtime(path):
+                    continue
+            outputs.setdefault(path, []).append(output)
+    if there and not (args.skip_existing or args.overwrite):
+        remedy = "--skip-existing leaves them, --overwrite replaces them, or name another folder"
+        raise common.SetupError(f"{check}outputs are already there: {len(there)}, such as {there[0]}: {remedy}")
+    try:
+        if outputs:  # some mounts can write but not rename
+            probe = os.path.join(args.output_dir, f".{secrets.token_hex(16)}.part")
+            write_whole(probe, "")
+            os.remove(probe)
+    except OSError as error:
+        raise common.SetupError(f"{check}no file can be written there: {error.strerror}") from error
     return outputs
 
 
@@ -908,7 +999,8 @@ def deliver(recording: Recording, outputs: list[str], stdout_format: str, langua
 def write_whole(path: str, content: str) -> None:
     """Write a UTF-8 file so that it is there whole or not at all, however the program ends. Raises OSError."""
     path = os.path.realpath(path)  # a link stays one
-    if os.path.exists(path) and not os.stat(path).st_mode & 0o200:  # os.replace would not ask, nor does root
+    # os.replace would replace it all the same, and root may write whatever its owner may not.
+    if os.path.exists(path) and not (os.access(path, os.W_OK) and os.stat(path).st_mode & 0o200):
         raise OSError(None, "it is write-protected, and stays as it is")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(16)}.part")  # no other process has this one
@@ -934,8 +1026,8 @@ def render(recording: Recording, extension: str, language: str) -> str:
         return "".join(map(plain_text, recording.chunks))
     cues = cues_of(recording)
     if extension == "tsv":
-        rows = ((f"{round(1000 * c.start)}\t{round(1000 * c.end)}", c.text.strip().replace("\t", " ")) for c in cues)
-        return "start\tend\ttext\n" + "".join(f"{times}\t{text}\n" for times, text in rows)
+        rows = (f"{round(1000 * cue.start)}\t{round(1000 * cue.end)}\t{cue.text.strip()}\n" for cue in cues)
+        return "start\tend\ttext\n" + "".join(rows)
     if extension == "json":
         return json.dumps(json_content(recording, cues, language), ensure_ascii=False) + "\n"
     srt = extension == "srt"

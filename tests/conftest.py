@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -138,5 +139,10 @@ def run_here(capsys, monkeypatch):
 
 @pytest.fixture
 def infer(run_here):
-    """Run inference.py in this process, in float32."""
-    return functools.partial(run_here, inference, "--dtype", "float32")
+    """Run inference.py in this process, in float32; stderr comes without the line that says what is loaded."""
+
+    def infer(*arguments: str) -> tuple[int, str, str]:
+        status, out, err = run_here(inference, "--dtype", "float32", *arguments)
+        return status, out, re.sub(r"^inference\.py: loading \S+ on cpu in float32\n", "", err, flags=re.MULTILINE)
+
+    return infer

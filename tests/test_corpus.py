@@ -2,6 +2,7 @@
 import gc
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,10 +29,12 @@ def corpus(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     return folder, texts
 
 
-def torchrun(*arguments: str, n_processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
+def torchrun(
+    *arguments: str, n_processes: int = 2, script: Path = ROOT / "inference.py", **environment: str
+) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_processes)]
     return subprocess.run(
-        [*command, str(ROOT / "inference.py"), "--model", MODEL, *map(str, arguments)], capture_output=True, text=True,
+        [*command, str(script), "--model", MODEL, *map(str, arguments)], capture_output=True, text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
     )  # fmt: skip
 
@@ -52,11 +55,32 @@ def test_torchrun_transcribes_every_file_once(corpus, tmp_path):
     result = torchrun("--audio", "absent.wav", folder, tmp_path / "link.wav", "-o", tmp_path, "--device", "cpu")
     assert result.returncode == 1 and result.stderr.count("absent.wav: no such file") == 1
     assert result.stderr.count(f"link.wav is the same file as {folder}/0.wav, ") == 1
-    closing = [lines_of(result, rank)[-1] for rank in (0, 1)]
-    assert re.match(r"6 recordings, 1 failed, [\d.]+ s of audio in ", closing[0]) and "on cpu in" in closing[0]
-    assert re.match(r"5 recordings, [\d.]+ s of audio in ", closing[1])
+    *_, first, of_all = lines_of(result, 0)
+    assert re.match(r"6 recordings, 1 failed, [\d.]+ s of audio in ", first) and "on cpu in" in first
+    assert re.match(r"5 recordings, [\d.]+ s of audio in ", lines_of(result, 1)[-1])
+    assert re.fullmatch(r"all processes: 11 recordings, 1 failed, ([\d.]+) s of audio in [\d.]+ s \([\d.]+ times real "
+                        rf"time\); the files are in {tmp_path}", of_all)  # fmt: skip
     for name, text in texts.items():
         assert (tmp_path / f"{name}.txt").read_text() == f"{text}\n"
+    result = torchrun(folder, "-o", tmp_path, "--device", "cpu")
+    assert result.returncode == 1 and result.stderr.count("inference.py, ") == 1
+    assert "rank 0: error: --output-dir" in result.stderr and "outputs are already there: 10, such as " in result.stderr
+
+
+def test_a_recording_that_arrives_while_torchrun_s_processes_start_shifts_no_share(corpus, tmp_path):
+    """The second process sees a file more than the first, which alone decides."""
+    folder, texts = corpus
+    seen = shutil.copytree(folder, tmp_path / "in")
+    script = tmp_path / "late.py"
+    script.write_text(f"import os, shutil, sys; sys.path.insert(0, {str(ROOT)!r}); import inference\n"
+                      f"sys.argv[0] = 'inference.py'; find = inference.find_audio\n"
+                      f"def find_later(arguments):\n"
+                      f"    if os.environ['RANK'] == '1': shutil.copy({str(folder / '0.wav')!r}, '{seen}/00.wav')\n"
+                      f"    return find(arguments)\n"
+                      f"inference.find_audio = find_later; sys.exit(inference.main())")  # fmt: skip
+    result = torchrun(seen, "-o", tmp_path / "out", "--device", "cpu", script=script)
+    assert result.returncode == 0 and "all processes: 10 recordings, " in result.stderr, result.stderr
+    assert len([*(tmp_path / "out").rglob("*.txt")]) == len(texts)
 
 
 @needs_fake
@@ -64,7 +88,8 @@ def test_several_processes_share_an_npu(corpus, tmp_path):
     folder, texts = corpus
     result = torchrun("--audio", folder, "-o", tmp_path, n_processes=3, FAKE_NPU_COUNT="2", **FAKE)
     assert result.returncode == 0, result.stderr
-    assert [re.search(r"on (\S+) in", lines_of(result, rank)[0])[1] for rank in range(3)] == ["npu:0", "npu:1", "npu:0"]
+    loading = [f"loading {MODEL} on npu:{i} in float16" for i in (0, 1, 0)]
+    assert [lines_of(result, rank)[0] for rank in range(3)] == loading
     assert len(list(tmp_path.rglob("*.txt"))) == len(texts)
 
 
@@ -86,6 +111,7 @@ def test_a_machine_that_fails_ends_no_other(corpus, tmp_path):
     said = [machine.communicate()[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [1, 1], said
     assert said[0].count(" recordings, 1 failed, ") == 2 and said[1].count(" recordings, ") == 2
+    assert said[0].count("all processes: 12 recordings, 2 failed, ") == 1
     assert all((tmp_path / "out" / f"{name}.txt").exists() for name in texts)
 
 
@@ -120,19 +146,24 @@ def test_variables_left_by_an_earlier_torchrun_are_an_error_of_one_line(corpus, 
 
 
 def test_skip_existing(corpus, tmp_path, infer, monkeypatch):
-    folder, _ = corpus
+    """Of one recording an output is missing, and of another the recording is newer."""
+    folder = shutil.copytree(corpus[0], tmp_path / "in")
+    tmp_path = tmp_path / "out"
     assert infer("--audio", folder, "--skip-existing") == (
         2, "", "inference.py: error: --skip-existing needs --output-dir\n"
     )  # fmt: skip
     assert infer("--audio", folder, "-o", tmp_path, "-f", "all")[0] == 0
     (tmp_path / "0.srt").unlink()
     (tmp_path / "2.txt").write_text("kept\n")
+    (tmp_path / "4.txt").write_text("of the half\n")
+    os.utime(tmp_path / "4.txt", (0, os.path.getmtime(folder / "4.wav") - 1))
     status, out, err = infer("--audio", folder, "-o", tmp_path, "-f", "all", "--skip-existing")
-    assert (status, out) == (0, "") and "inference.py: 10 recordings, 9 skipped, " in err
+    assert (status, out) == (0, "") and "inference.py: 10 recordings, 8 skipped, " in err
     assert (tmp_path / "0.srt").exists() and (tmp_path / "2.txt").read_text() == "kept\n"
+    assert (tmp_path / "4.txt").read_text() == f"{corpus[1]['4']}\n"
     monkeypatch.setattr(common, "load_model", lambda *arguments: pytest.fail("the model was loaded"))
     status, out, err = infer("--audio", folder, "-o", tmp_path, "--skip-existing")
-    assert (status, out, err) == (0, "", "inference.py: 10 recordings, 10 skipped\n")
+    assert (status, out, err) == (0, "", f"inference.py: 10 recordings, 10 skipped; the files are in {tmp_path}\n")
 
 
 # --- what fails on the way ---

@@ -65,4 +65,4 @@ def test_no_permission():
     assert result.stdout.splitlines()[-2:] == [f"{good}\tさ", "1 2"]
     assert "3 recordings, 2 failed, " in result.stderr and f"error: {secret}: Permission denied" in result.stderr
     assert f"error: {audio}/closed: Permission denied" in result.stderr
-    assert f"error: --output-dir {folder}/out: no permission to write in this folder" in result.stderr
+    assert f"error: --output-dir {folder}/out: no file can be written there: Permission denied" in result.stderr

@@ -9,12 +9,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_first_check_prints_what_it_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    check = re.search(r"^\.venv/bin/python (.+ --device cpu)\n# (.+)\n# (.+)\n", README, re.MULTILINE)
-    command, text, closing = check.groups()
+    check = re.search(r"^\.venv/bin/python (.+ --device cpu)\n# (.+\n)# (.+)\n# (.+\n)", README, re.MULTILINE)
+    command, loading, text, closing = check.groups()
     result = run(*command.split())
     assert (result.returncode, result.stdout) == (0, f"{text}\n")
     figures = r"[\d.]+|bfloat16|float32"  # the dtype is that of the processor
-    assert re.sub(figures, "", result.stderr) == re.sub(figures, "", closing) + "\n"
+    assert re.sub(figures, "", result.stderr) == re.sub(figures, "", loading + closing)
 
 
 def test_the_options_and_defaults_are_those_of_help():
