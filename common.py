@@ -764,15 +764,19 @@ class Decoded(NamedTuple):
     encoded: torch.Tensor  # the encoder's output, (batch, n_positions, d_model)
 
 
-def generate(recognizer: Recognizer, features: list[torch.Tensor], max_new_tokens: int) -> Decoded:
-    """Encode and decode a batch of features, each as extract_features gives them. Raises DeviceError."""
+def generate(
+    recognizer: Recognizer, features: list[torch.Tensor], max_new_tokens: int,
+    is_loop: Callable[[int, list[int]], bool] = lambda row, ids: False,
+) -> Decoded:  # fmt: skip
+    """Encode and decode a batch of features, each as extract_features gives them; is_loop as in decode. Raises
+    DeviceError."""
     model = recognizer.model
     with torch.inference_mode(), device_errors(model.device):
         inputs = torch.cat(features).to(model.device, model.dtype)
         recognizer.lap("copy to the device")
         encoded = encode(model, inputs)
         recognizer.lap("encoder")
-        decoded = Decoded(*decode(recognizer, encoded, max_new_tokens), encoded)
+        decoded = Decoded(*decode(recognizer, encoded, max_new_tokens, is_loop), encoded)
         recognizer.lap("decode")
         return decoded
 
@@ -804,15 +808,17 @@ def decoder_inputs(recognizer: Recognizer, rows: list[list[int]]) -> torch.Tenso
 
 
 def decode(
-    recognizer: Recognizer, encoded: torch.Tensor, max_new_tokens: int
-) -> tuple[list[list[int]], list[float]]:
+    recognizer: Recognizer, encoded: torch.Tensor, max_new_tokens: int,
+    is_loop: Callable[[int, list[int]], bool] = lambda row, ids: False,
+) -> tuple[list[list[int]], list[float]]:  # fmt: skip
     """Write the text of each row of an encoder's output, always with the likeliest token, as model.generate does.
 
     Returns the token ids of each row, without the initial tokens, to the end of the text or the limit, which is lower
     where a prompt takes the positions; and the probability that a row holds no speech: as in openai/whisper that of
     <|nospeech|>, the id before <|notimestamps|>, after <|startoftranscript|>. model.generate waits for the device after
-    every token, to ask whether all rows have ended; here that happens once in CHECK_EVERY tokens. Raises DeviceError
-    for NaN.
+    every token, to ask whether all rows have ended; here that happens once in CHECK_EVERY tokens. Then is_loop is asked
+    of each row, with its number and its tokens so far: a row of which it is true ends there. Raises DeviceError for
+    NaN.
     """
     from transformers import DynamicCache, EncoderDecoderCache
 
@@ -833,16 +839,19 @@ def decode(
     if needs_cpu_attention(model.device, model.dtype):  # then once, not at every token
         for layer in cache.cross_attention_cache.layers:
             layer.keys, layer.values = layer.keys.float(), layer.values.float()
-    n_most, chosen = min(max_new_tokens, N_POSITIONS - n_initial), []
+    n_most = min(max_new_tokens, N_POSITIONS - n_initial)
+    chosen, ended = [], {}  # of each step the likeliest tokens; the token ids of the rows that have ended
     for i in range(n_most):
         scores = model.proj_out(hidden[:, -1]).float() + recognizer.token_mask[min(i, 1)]
         chosen.append(scores.max(-1))
         if (i + 1) % CHECK_EVERY == 0 or i + 1 == n_most:
-            rows = torch.stack([step.indices for step in chosen], 1).tolist()
-            if i + 1 == n_most or all(eos in row for row in rows):
+            for row, ids in enumerate(torch.stack([step.indices for step in chosen], 1).tolist()):
+                if row not in ended and (eos in ids or i + 1 == n_most or is_loop(row, ids)):
+                    ended[row] = ids[: ids.index(eos) + 1] if eos in ids else ids
+            if len(ended) == len(encoded):
                 break
         hidden = forward(chosen[i].indices[:, None], n_initial + i)
-    rows = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+    rows = [ended[row] for row in range(len(encoded))]
     scores = torch.stack([step.values for step in chosen], 1).tolist()
     if not all(np.isfinite(of_row[: len(row)]).all() for row, of_row in zip(rows, scores, strict=True)):
         raise nan_error(model)

@@ -182,7 +182,7 @@ def measure_device(device: torch.device, args: argparse.Namespace) -> dict:
         inputs += [(endless, f"batch of {n}", [window] * n, n) for n in args.batch_sizes]
         rest = args.chunk_length, args.max_new_tokens, inference.NO_SPEECH_THRESHOLD, ""  # as inference.py's defaults
         measurements = [  # only real audio is decoded again
-            measure(model, label, paths, inference.Options(n, *rest, decode_again=model is recognizer), args)
+            measure(model, label, paths, inference.Options(n, *rest, fixed_work=model is endless), args)
             for model, label, paths, n in inputs
         ]
         return {

@@ -2,7 +2,7 @@
 
     .venv/bin/python inference.py meeting.mp3
     .venv/bin/python inference.py recordings/ -o transcripts/ -f srt
-    .venv/bin/torchrun --nproc-per-node 8 inference.py corpus/ -o out/ --skip-existing
+    .venv/bin/torchrun --nproc-per-node 8 inference.py in/ -o out/ --skip-existing
 
 The transcript goes to stdout or to files in --output-dir, and everything else to
 stderr.
@@ -49,7 +49,7 @@ class Options:
     max_new_tokens: int
     no_speech_threshold: float
     prompt: str
-    decode_again: bool = True  # in two parts, if the model has not heard a chunk whole
+    fixed_work: bool = False  # for measurements: no loop is stopped, and no chunk is decoded again
 
 
 @dataclass(eq=False)
@@ -90,7 +90,7 @@ class Chunk(common.Chunk):
     no_speech_prob: float | None = None  # None where it was not decoded
     compression_ratio: float = 0.0
     token_limit: bool = False  # decoding ended at the token limit: text may be missing
-    looping: bool = False  # the decoder repeated itself; the text keeps the first turn
+    looping: bool = False  # the decoder repeated itself without an end; the text keeps the first turn
     # What recognize_batch sets:
     avg_logprob: float | None = None  # mean log-probability of its tokens; None where it was not decoded
     left_out: bool = True  # not in the text: it was not decoded, or is_left_out says so
@@ -132,12 +132,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--no-speech-threshold", type=common.number(float, 0, 1), default=NO_SPEECH_THRESHOLD, metavar="P",
         help="Leave a chunk out where the model's probability that nobody speaks is above P; 1 keeps all, "
         "steady sound too. (default: %(default)s)")  # fmt: skip
-    add = parser.add_argument_group("output").add_argument
+    group = parser.add_argument_group("output")
+    add = group.add_argument
     add("--output-dir", "--output", "-o", type=os.path.expanduser, metavar="DIR", help="Write files into this folder. "
         "(default: write to stdout)")  # fmt: skip
     add("--output-format", "-f", choices=[*FORMATS, "all"], default="txt", help="all, and srt, vtt and tsv of several "
         "recordings, need --output-dir. (default: %(default)s)")  # fmt: skip
-    add = parser.add_mutually_exclusive_group().add_argument
+    add = group.add_mutually_exclusive_group().add_argument
     add("--skip-existing", action="store_true", help="Where outputs are already in --output-dir, leave those that are "
         "not older than their recordings. (default: refuse to start)")  # fmt: skip
     add("--overwrite", action="store_true", help="Where outputs are already in --output-dir, replace them.")
@@ -410,6 +411,12 @@ def one_case(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
+def is_current(output: str, path: str) -> bool:
+    """Whether an output is newer than its recording, as make decides it: an older one may be that of half of it."""
+    changed_s = os.path.getmtime(path)  # in the future if the recorder's card is from another time zone
+    return os.path.getmtime(output) >= changed_s or changed_s > time.time()
+
+
 def plan_outputs(inputs: dict[str, str], args: argparse.Namespace, several: bool) -> dict[str, list[str]]:
     """The inputs to transcribe, each with the files to write, none where the text goes to stdout.
 
@@ -419,41 +426,40 @@ def plan_outputs(inputs: dict[str, str], args: argparse.Namespace, several: bool
         if args.output_format == "all" or (several and args.output_format not in ("txt", "json")):
             raise common.SetupError(f"--output-format {args.output_format} needs --output-dir")
         return {path: [] for path in inputs}
-    check = f"--output-dir {args.output_dir}: "
+    option = f"--output-dir {args.output_dir}: "
     extension = os.path.splitext(args.output_dir)[1][1:].lower()
     if extension in FORMATS and not os.path.isdir(args.output_dir):
         remedy = f"write -o {os.path.dirname(args.output_dir) or '.'} -f {extension}; the recording gives the name"
-        raise common.SetupError(f"{check}this is to be a folder, not a file: {remedy}")
+        raise common.SetupError(f"{option}this is to be a folder, not a file: {remedy}")
     outputs, there, taken = {}, [], {one_case(os.path.realpath(path)): path for path in inputs}
     for path, name in output_names(inputs).items():
         for extension in FORMATS if args.output_format == "all" else [args.output_format]:
             output = os.path.join(args.output_dir, f"{name}.{extension}")
             place = one_case(os.path.realpath(output))
             if place in taken:
-                raise common.SetupError(f"{check}{output} would overwrite {taken[place]}: name another place")
+                raise common.SetupError(f"{option}{output} would overwrite {taken[place]}: name another place")
             taken[place] = output
             if os.path.exists(output):
                 there.append(output)
-                # As make does: an older one may be the text of a recording that was still being copied.
-                if args.skip_existing and os.path.getmtime(output) >= os.path.getmtime(path):
+                if args.skip_existing and is_current(output, path):
                     continue
             outputs.setdefault(path, []).append(output)
     if there and not (args.skip_existing or args.overwrite):
         remedy = "--skip-existing leaves them, --overwrite replaces them, or name another folder"
-        raise common.SetupError(f"{check}outputs are already there: {len(there)}, such as {there[0]}: {remedy}")
+        raise common.SetupError(f"{option}outputs are already there: {len(there)}, such as {there[0]}: {remedy}")
     try:
         if outputs:  # some mounts can write but not rename
             probe = os.path.join(args.output_dir, f".{secrets.token_hex(16)}.part")
             write_whole(probe, "")
             os.remove(probe)
     except OSError as error:
-        raise common.SetupError(f"{check}no file can be written there: {error.strerror}") from error
+        raise common.SetupError(f"{option}no file can be written there: {error.strerror}") from error
     return outputs
 
 
 # --- Recognition: recordings -> chunks -> batches -> texts ---
 
-COMPRESSION_RATIO_LIMIT = 2.4  # openai/whisper's; none of 14,746 true outputs of this model exceeds 2.12
+FASTEST_TOKENS = 12  # in a second of a chunk: more than anybody speaks
 ECHO_NO_SPEECH_PROB = 0.3  # nearly all speech is below it; noise in which a prompt was echoed has 0.5 and more
 LOGPROB_LIMIT = -1.0  # openai/whisper's: below it a text is not to be believed
 LONGEST_WAIT = 8  # batches, while the parts of chunks wait for others: the text and the progress must not stand still
@@ -598,7 +604,13 @@ def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: in
 
 def recognize_batch(recognizer: common.Recognizer, batch: list[Chunk], options: Options) -> None:
     """Set the texts and the times of chunks. Raises DeviceError."""
-    decoded = common.generate(recognizer, [chunk.features for chunk in batch], options.max_new_tokens)
+
+    def is_loop(row: int, ids: list[int]) -> bool:
+        """Whether a text repeats itself and is longer than what anybody can say in the time of its chunk."""
+        is_long = len(ids) > FASTEST_TOKENS * (batch[row].end - batch[row].start)
+        return is_long and not options.fixed_work and len(without_loop(ids)) < len(ids)
+
+    decoded = common.generate(recognizer, [chunk.features for chunk in batch], options.max_new_tokens, is_loop)
     for chunk, ids, no_speech_prob in zip(batch, decoded.token_ids, decoded.no_speech_probs, strict=True):
         set_text(chunk, recognizer.tokenizer, ids, no_speech_prob)
     recognizer.lap("text")
@@ -621,12 +633,11 @@ def set_text(chunk: Chunk, tokenizer, ids: list[int], no_speech_prob: float) -> 
     eos = tokenizer.eos_token_id
     data = tokenizer.decode(ids, skip_special_tokens=True).strip().encode()
     chunk.compression_ratio = len(data) / len(zlib.compress(data))
-    chunk.token_limit = ids[-1] != eos
-    # A text that ends by itself is kept whole: people repeat themselves.
-    chunk.looping = chunk.token_limit and chunk.compression_ratio > COMPRESSION_RATIO_LIMIT
+    kept = ids if ids[-1] == eos else without_loop(ids)  # people repeat themselves, and come to an end
+    chunk.looping = len(kept) < len(ids)
+    chunk.token_limit = ids[-1] != eos and not chunk.looping
     chunk.no_speech_prob = no_speech_prob
-    ids = [i for i in ids if i != eos]
-    chunk.token_ids = [*(without_loop(ids) if chunk.looping else ids), eos]
+    chunk.token_ids = [*(i for i in kept if i != eos), eos]
     chunk.text = re.sub(common.CONTROL, " ", tokenizer.decode(chunk.token_ids, skip_special_tokens=True)).strip()
 
 
@@ -662,7 +673,7 @@ def hear_again(
     for batch, batch_size in batches:
         at_once = recognizer.model.device.type == "cpu" or any(chunk.is_last for chunk in batch)
         for chunk in batch:
-            place_s = place_to_cut(chunk) if options.decode_again else None
+            place_s = None if options.fixed_work else place_to_cut(chunk)
             waiting[chunk] = halve(recognizer, chunk, place_s, options) if place_s else []
             chunk.waveform = None
             n_parts += len(waiting[chunk])
@@ -825,12 +836,12 @@ def find_units(tokenizer, ids: list[int], text: str) -> tuple[list[Unit], set[in
 
 
 def align(looks: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
-    """Which of the frames each unit has, by dynamic time warping: unit i has frames[edges[i] : edges[i + 1]].
+    """The edges of the units by dynamic time warping, (n_units + 1,) int64: unit i has frames[edges[i] : edges[i + 1]].
 
     looks are (n_heads, n_units + 1, n_positions), and only the heads that look most sharply count: those with the
-    largest L2 norms of rows and columns (arXiv 2509.09987). The last row is the end of the text: it gets what sounds
-    before and after the speech. None where the result is not to be believed, because a unit takes longer than
-    LONGEST_UNIT_S or most units take a single frame.
+    largest L2 norms of rows and columns (arXiv 2509.09987). Every unit gets at least one frame. The last row is the end
+    of the text: it gets what sounds before and after the speech. None where the result is not to be believed, because a
+    unit takes longer than LONGEST_UNIT_S or most units take a single frame.
     """
     import librosa
 
@@ -843,7 +854,7 @@ def align(looks: torch.Tensor, frames: np.ndarray) -> np.ndarray | None:
     matrix = torch.nn.functional.normalize(looks, dim=1).mean(0).cpu().numpy()
     _, steps = librosa.sequence.dtw(C=-matrix, step_sizes_sigma=np.array([[1, 1], [0, 1]]))
     edges, looks = np.searchsorted(steps[::-1, 0], np.arange(n_rows)), looks.mean(0).cpu().numpy()
-    for pause in np.flatnonzero(np.diff(frames) * FRAME_S >= SHORT_PAUSE_S) + 1:
+    for pause in np.flatnonzero(np.diff(frames) * FRAME_S >= SHORT_PAUSE_S) + 1:  # the first frame after each
         if edges[0] < pause < edges[-1] and pause not in edges:  # a unit stays on the side of it where it looks most
             unit = np.searchsorted(edges, pause) - 1
             peak = edges[unit] + looks[unit, edges[unit] : edges[unit + 1]].argmax()

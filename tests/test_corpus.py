@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def test_variables_left_by_an_earlier_torchrun_are_an_error_of_one_line(corpus, 
 
 
 def test_skip_existing(corpus, tmp_path, infer, monkeypatch):
-    """Of one recording an output is missing, and of another the recording is newer."""
+    """An output is missing, or older than its recording, or than one whose clock was in another time zone."""
     folder = shutil.copytree(corpus[0], tmp_path / "in")
     tmp_path = tmp_path / "out"
     assert infer("--audio", folder, "--skip-existing") == (
@@ -157,8 +158,11 @@ def test_skip_existing(corpus, tmp_path, infer, monkeypatch):
     (tmp_path / "2.txt").write_text("kept\n")
     (tmp_path / "4.txt").write_text("of the half\n")
     os.utime(tmp_path / "4.txt", (0, os.path.getmtime(folder / "4.wav") - 1))
+    os.utime(folder / "6.wav", (0, time.time() + 9 * 3600))
+    (tmp_path / "6.txt").write_text("kept\n")
     status, out, err = infer("--audio", folder, "-o", tmp_path, "-f", "all", "--skip-existing")
     assert (status, out) == (0, "") and "inference.py: 10 recordings, 8 skipped, " in err
+    assert (tmp_path / "6.txt").read_text() == "kept\n"
     assert (tmp_path / "0.srt").exists() and (tmp_path / "2.txt").read_text() == "kept\n"
     assert (tmp_path / "4.txt").read_text() == f"{corpus[1]['4']}\n"
     monkeypatch.setattr(common, "load_model", lambda *arguments: pytest.fail("the model was loaded"))

@@ -86,6 +86,15 @@ def test_decoding_gives_the_token_ids_of_transformers(recognizer, max_new_tokens
     assert max_new_tokens < 40 or len(set(map(len, rows))) > 5
 
 
+def test_a_row_that_loops_ends_at_the_next_look_and_the_others_do_not_change(recognizer):
+    features = [common.extract_features(recognizer.extractor, synthesize(text)) for text in (TEXTS[0], "なにぬね" * 4)]
+    expected = common.generate(recognizer, features, 40).token_ids
+    asked = []
+    rows = common.generate(recognizer, features, 40, lambda row, ids: asked.append((row, ids)) or row == 1).token_ids
+    assert len(expected[1]) > 8 and rows == [expected[0], expected[1][:8]]
+    assert asked == [(1, rows[1])]  # the first row has ended by itself
+
+
 def prompt_of_length(recognizer, n_tokens: int) -> str:
     """A prompt that has that many tokens, of which the first is the space before it."""
     text = "こ" * (n_tokens - 1)

@@ -228,9 +228,18 @@ def test_a_text_that_ends_by_itself_is_kept_whole_however_it_repeats_itself(tmp_
 def test_a_loop_that_reaches_the_token_limit_is_delivered_once_and_what_follows_is_heard(tmp_path, transcribe):
     [recording] = transcribe(write(tmp_path / "a.wav", synthesize("いう" + "あ" * 30)), max_new_tokens=20)
     first, second = recording.chunks
-    assert first.text == "いうあ" and first.looping and first.token_limit and first.compression_ratio > 2.4
+    assert first.text == "いうあ" and first.looping and not first.token_limit and first.compression_ratio > 2.4
     assert set(second.text) == {"あ"}
     assert first.end == second.start and (first.start, second.end) == (0, recording.duration)
+
+
+def test_a_loop_is_stopped_when_nobody_can_have_said_so_much(tmp_path, recognizer):
+    """By a model that never ends its text. Measurements decode to the limit all the same."""
+    path, endless = write(tmp_path / "a.wav", synthesize("こんにちは")), common.endless(recognizer)
+    [recording] = inference.transcribe(endless, [path], options_of())
+    assert all(chunk.looping for chunk in recording.chunks) and recording.n_tokens < 256
+    [recording] = inference.transcribe(endless, [path], options_of(fixed_work=True))
+    assert recording.n_tokens == 256
 
 
 @pytest.mark.parametrize("ids, kept", [("abcabcabc", "abc"), ("xyabcabcabcab", "xyabc"), ("xaaa", "xa"), ("aa", "aa"),

@@ -102,7 +102,7 @@ def ours(models: Path, dtype: str, chunk_length_s: float):
     def run(path, chunks, n_tokens):
         n_tokens = round(n_tokens * chunk_length_s / 30) if len(chunks) > 1 else n_tokens
         threshold = inference.NO_SPEECH_THRESHOLD
-        options = inference.Options(BATCH_SIZE, chunk_length_s, n_tokens, threshold, "", decode_again=False)
+        options = inference.Options(BATCH_SIZE, chunk_length_s, n_tokens, threshold, "", fixed_work=True)
         [recording] = inference.transcribe(recognizer, [path], options)
         return recording.n_tokens
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -69,8 +70,11 @@ def run(n_kills: int, n_files: int, seed: int) -> int:
                 process.communicate()
                 shutil.rmtree(out)
                 continue
-            process.kill()
-            process.communicate()
+            n_parts = len([*out.rglob("*.part")])
+            process.send_signal([signal.SIGKILL, signal.SIGTERM][n_hit % 2])  # of which the second can be answered
+            _, err = process.communicate()
+            if n_hit % 2 and ("Traceback" in err or len([*out.rglob("*.part")]) > n_parts):
+                sys.exit(f"ended by SIGTERM with {process.returncode}, and files are left over or:\n{err}")
             n_hit += 1
             there = contents(out)
             wrong = [name for name, data in there.items() if expected.get(name) != data]
