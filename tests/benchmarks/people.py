@@ -3,9 +3,9 @@
     python3 tests/benchmarks/people.py RECORDINGS/ --model tests/real_whisper/model --device cpu --dtype float32
 
 tests/README.md says where the recordings come from. people.json has the truth of each, by its path below RECORDINGS:
-its sentences, with | between them, and the stretches of speech that Silero hears, (start, end) in s. The script prints
-a row of a Markdown table for each recording. All other options go to the program, and --program names another version.
---output-dir is as in speech.py.
+its sentences, with | between them, and the stretches of speech that Silero hears, (start, end) in s. A folder of other
+recordings has a truth.json of the same form. The script prints a row of a Markdown table for each recording. All other
+options go to the program, and --program names another version. --output-dir is as in speech.py.
 """
 import json
 import re
@@ -96,7 +96,10 @@ def measure(truth: dict, content: dict) -> Figures:
 
 def main() -> int:
     args, others = parse_options(__doc__)
-    truth = json.loads(TRUTH.read_text(encoding="utf-8"))
+    truth = {}
+    for path in (TRUTH, *(folder / "truth.json" for folder in args.recordings)):
+        if path.exists():
+            truth |= json.loads(path.read_text(encoding="utf-8"))
     status, said, contents = transcribe(args, others)
     total = Figures()
     print(HEAD)
