@@ -128,7 +128,7 @@ def write_stdout(text: str) -> None:
 
 
 def interrupt(number: int, frame: object) -> None:
-    """End the run as Ctrl-C does: the handler of other signals."""
+    """Raise KeyboardInterrupt with the signal's number, so that SIGTERM and SIGHUP end the run as Ctrl-C does."""
     raise KeyboardInterrupt(number)
 
 
@@ -174,7 +174,7 @@ def select_device(name: str | None, local_rank: int = 0) -> torch.device:
     Process local_rank of a machine takes the NPU or GPU of that number unless another is named. To be called before
     transformers is imported. Raises SetupError where the named device cannot be used.
     """
-    if name and not re.fullmatch(r"cpu|(npu|cuda)(:\d{1,3})?", name):
+    if name is not None and not re.fullmatch(r"cpu|(npu|cuda)(:\d{1,3})?", name):
         raise SetupError(f"--device {name}: not npu, npu:N, cpu, cuda or cuda:N")
     kind, _, index = (name or "npu").partition(":")
     if kind == "npu":
@@ -188,7 +188,8 @@ def select_device(name: str | None, local_rank: int = 0) -> torch.device:
     sys.modules.setdefault("torch_npu", None)  # else transformers imports it, which fails where CANN is absent
     index = int(index or local_rank)
     if kind == "cuda" and index >= torch.cuda.device_count():
-        raise SetupError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+        raise SetupError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+                         "name one of these, or cpu")  # fmt: skip
     return torch.device(kind, index if kind == "cuda" else None)
 
 
@@ -447,7 +448,8 @@ def load_model(
     except SetupError:
         raise
     except Exception as error:  # broken files raise OSError, ValueError, KeyError, SafetensorError and others
-        raise SetupError(f"cannot load the model {name}: {first_line(error)} (is its folder complete?)") from error
+        remedy = "are its folder and the installed packages complete?"
+        raise SetupError(f"cannot load the model {name}: {first_line(error)} ({remedy})") from error
     with device_errors(device):
         initial_tokens, token_mask = torch.tensor(initial_tokens, device=device), token_mask.to(device)
         return Recognizer(model.to(device), extractor, tokenizer, initial_tokens, token_mask)

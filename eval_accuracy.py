@@ -20,7 +20,8 @@ none, the limit is 0.05 %. Encoder error and logits error are the root mean squa
 of the error, divided by that of the reference's values; relative error is the
 largest error of a logit, divided by the range of all logits.
 
-Exit status: 0 PASS; 1 FAIL; 2 nothing could be evaluated; 130 interrupted.
+Exit status: 0 PASS; 1 FAIL; 2 nothing could be evaluated; 128 + n ended by
+signal n (130: Ctrl-C).
 """
 import argparse
 import functools
@@ -79,7 +80,7 @@ class Clip:
     name: str
     n_tokens: int = 0  # of the reference's text
     text: str = ""
-    candidate_text: str = ""
+    candidate_text: str | None = None  # None until the device has decoded it
     figures: list[Figure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)

@@ -11,7 +11,7 @@ Synthetic audio is decoded to --max-new-tokens in every chunk, because what a
 model finds in it, and so the work, would differ between devices.
 
 Exit status: 0 measured; 1 the devices decoded unequal numbers of tokens, so that
-their times cannot be compared; 2 nothing could be measured; 130 interrupted.
+their times cannot be compared; 2 nothing could be measured; 128 + n ended by signal n.
 """
 import argparse
 import os
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     counts = [[m["n_tokens"] for m in column["measurements"]] for column in columns]
     report = {
         "model": args.model, "comparable": counts[0] == counts[-1], "columns": columns,
-        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # on macOS it is in bytes already
     }  # fmt: skip
     common.write_stdout(common.report_json(report) if args.json else format_report(report, args))
     return 0 if report["comparable"] else 1
@@ -145,8 +145,9 @@ def measure(
     memory = torch.get_device_module(device) if device.type != "cpu" else None
     if memory:
         memory.reset_peak_memory_stats(device)
-    often_s = 0.1 if sys.stderr.isatty() else 60  # a log gets a line a minute
-    with tqdm(total=2 * n_runs, desc=f"{label} on {device}", unit="run", mininterval=often_s) as bar:
+    is_closed = sys.stderr is None
+    often_s = 0.1 if not is_closed and sys.stderr.isatty() else 60  # a log gets a line a minute
+    with tqdm(total=2 * n_runs, desc=f"{label} on {device}", unit="run", mininterval=often_s, disable=is_closed) as bar:
         for _ in range(n_runs):
             started_s = clock(device)
             recordings = run_once(recognizer, paths, options)

@@ -44,11 +44,11 @@ from tqdm import tqdm
 class Options:
     """How recordings are transcribed; parse_arguments describes it."""
 
-    batch_size: int
-    chunk_length_s: float
-    max_new_tokens: int
-    no_speech_threshold: float
-    prompt: str
+    batch_size: int = 8
+    chunk_length_s: float = 15.0
+    max_new_tokens: int = 256
+    no_speech_threshold: float = 0.7
+    prompt: str = ""
     fixed_work: bool = False  # for measurements: no loop is stopped, and no chunk is decoded again
 
 
@@ -60,8 +60,8 @@ class Recording:
     chunks: list["Chunk"] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
-    n_windows: int = 0  # that were decoded
-    n_tokens: int = 0  # of these, with ends and repetitions
+    n_windows: int = 0  # windows that were decoded, those of parts too
+    n_tokens: int = 0  # tokens that were decoded, with ends of texts and repetitions
     n_again: int = 0  # chunks that were decoded again, in two parts
 
     @property
@@ -81,7 +81,7 @@ class Chunk(common.Chunk):
 
     recording: Recording
     is_last: bool = False  # of its recording
-    # What prepare sets, where it is not steady and so is to be decoded:
+    # What prepare sets, unless the chunk is steady and so is not decoded:
     features: torch.Tensor | None = None  # input_features, until it is decoded
     loud_frames: np.ndarray | None = None  # as find_loud_frames gives them
     # What set_text sets:
@@ -258,8 +258,8 @@ def transcribe_files(outputs: dict[str, list[str]], totals: Counter, args: argpa
     how = f" on {model.device} in {common.dtype_name(model.dtype)}, loaded in {loaded_s - started_s:.1f} s"
     common.notice(closing_line(totals, args, time.perf_counter() - loaded_s, how))
     if failure:
-        remedy = "the same command with -o DIR --skip-existing goes on, also with those that failed"
-        common.notice(f"recordings not finished: {n_left}; {remedy}")
+        remedy = "the same command with -o DIR --skip-existing (not --overwrite) goes on, also with those that failed"
+        common.notice(f"recordings not begun or not finished: {n_left}; {remedy}")
         raise failure
     return int(totals["failed"] > 0)
 
@@ -379,8 +379,8 @@ def search_folder(top: str) -> tuple[list[str], list[Recording], list[str]]:
         folders[:] = sorted(set(folders) - hidden)
         audio = {name for name in files if name[0] != "." and name.lower().endswith(AUDIO_EXTENSIONS)}
         paths += [os.path.join(folder, name) for name in audio]
-        not_searched.update(hidden)
-        for name in set(files) - audio:
+        not_searched.update(sorted(hidden))
+        for name in sorted(set(files) - audio):
             not_looked_at[".*" if name[0] == "." else os.path.splitext(name)[1].lower() or name] += 1
     for what, counts in (("files not looked at", not_looked_at), ("folders not searched", not_searched)):
         if counts:
@@ -465,8 +465,8 @@ LOGPROB_LIMIT = -1.0  # openai/whisper's: below it a text is not to be believed
 LONGEST_WAIT = 8  # batches, while the parts of chunks wait for others: the text and the progress must not stand still
 UNHEARD_S = 1.0  # of loud sound without a character: shorter ones are coughs and chairs
 FRAME_S = 0.02  # of the encoder's output
-QUIETER_DB = 30  # a pause is more than this below the loudest part of a chunk or, in noise,
-NOISE_DB, VOICE_DB = 8, 12  # less than NOISE_DB above the noise and more than VOICE_DB below the loudest part
+QUIETER_DB = 30  # what is more than this below the loudest part of its chunk is a pause
+NOISE_DB, VOICE_DB = 8, 12  # and what is within NOISE_DB of the noise and more than VOICE_DB below the loudest part
 CLICK_FRAMES = 5  # of which most are loud where someone speaks: keys and gusts are shorter
 
 
@@ -579,8 +579,7 @@ def next_batch(chunks: Iterator[Chunk], batch_size: int) -> list[Chunk]:
 
 def recognize(recognizer: common.Recognizer, chunks: list[Chunk], batch_size: int, options: Options) -> int:
     """Decode the chunks with features in batches, which are halved where the device is out of memory; the batch size
-    that fitted. Raises DeviceError.
-    """
+    that fitted. Raises DeviceError."""
     chunks = [chunk for chunk in chunks if chunk.features is not None]
     device, n_done, before = recognizer.model.device, 0, batch_size
     while n_done < len(chunks):
@@ -817,7 +816,7 @@ def find_units(tokenizer, ids: list[int], text: str) -> tuple[list[Unit], set[in
     # In UTF-8 these bytes continue a character, and no others do; a token may begin with one.
     inner = {symbol for byte, symbol in bytes_to_unicode().items() if 0x80 <= byte < 0xC0}
     tokens = map(str, tokenizer.convert_ids_to_tokens(ids))  # None where an id has no token
-    borders = [i for i, token in enumerate(tokens) if i == 0 or token[0] not in inner]
+    borders = [i for i, token in enumerate(tokens) if i == 0 or token[:1] not in inner]
     units, token_starts, stop = [], set(), 0
     for i, j in itertools.pairwise([*borders, len(ids)]):
         first = stop

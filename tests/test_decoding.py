@@ -128,8 +128,8 @@ def test_what_a_prompt_leaves_of_the_positions_is_a_token_limit(tmp_path, recogn
     name, path = variant(tmp_path / "model", endless), write(tmp_path / "a.wav", synthesize("こんにちは"))
     options = ["--model", name, "--prompt", prompt_of_length(recognizer, 223), "--max-new-tokens", "444"]
     status, out, err = infer("--audio", path, *options, "--no-speech-threshold", "1", "-f", "json")
-    assert status == 0 and "cut off at the token limit" in err
-    assert {segment["token_limit"] for segment in json.loads(out)["segments"]} == {True}
+    assert status == 0 and "chunks looping: 1" in err
+    assert {segment["looping"] for segment in json.loads(out)["segments"]} == {True}
 
 
 def test_chunks_in_which_the_model_writes_nothing_are_counted(tmp_path, recognizer, infer):

@@ -91,7 +91,7 @@ def test_without_an_npu_the_cpu_alone_and_the_reason():
     cells = table(result.stdout)
     assert result.returncode == 0 and cells["tokens"] == ["9"] and "speed-up over the CPU" not in cells
     warning, progress = result.stderr.split("\n", 1)
-    assert "not on an NPU: torch_npu cannot be loaded" in warning and "sweep on cpu: 100%" in progress
+    assert "no NPU here, so the CPU is used: torch_npu cannot be loaded" in warning and "sweep on cpu: 100%" in progress
 
 
 @needs_fake

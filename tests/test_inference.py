@@ -550,7 +550,7 @@ def test_a_signal_ends_it_with_a_line_and_the_next_run_goes_on(audio, tmp_path, 
     _, closing, left, last = err.splitlines()
     assert (process.returncode, last) == (128 + number, f"inference.py: interrupted by {name}")
     assert f"inference.py: {n_done} recording" in closing and f"; the files are in {out}" in closing
-    assert f"not finished: {99 - n_done}; the same command with -o DIR --skip-existing goes on" in left
+    assert f"not finished: {99 - n_done}; the same command with -o DIR --skip-existing" in left
     assert n_done == len(os.listdir(out))  # and no .part
 
 

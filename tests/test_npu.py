@@ -137,7 +137,7 @@ def test_where_no_chunk_fits_the_run_ends(three):
     result = infer("--audio", *three, "--device", "npu", FAKE_NPU_BYTES="700000")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.count(".wav: npu:0 failed: NPU out of memory.") == 3
-    assert "recordings not finished: 0;" in result.stderr
+    assert "not finished: 0;" in result.stderr
 
 
 STREAM = "NPU function error: aclrtSynchronizeStream, error code is 507018"
@@ -157,7 +157,7 @@ def test_a_device_that_fails_ends_the_run(three, fault, n_products, words):
     _, failed, closing, left, error = result.stderr.splitlines()
     assert f"{three[n_done]}: npu:0 failed: {words}" in failed
     assert f"{n_done + 1} recording" in closing and ", 1 failed, " in closing
-    assert "error: npu:0 failed: " in error and f"recordings not finished: {2 - n_done}; the same command" in left
+    assert "error: npu:0 failed: " in error and f"not finished: {2 - n_done}; the same command" in left
 
 
 @needs_fake
@@ -187,7 +187,7 @@ def test_a_file_that_is_in_the_failed_batch_is_not_delivered(three, tmp_path):
     options = ["--device", "npu", "--batch-size", "2", "--output-dir", tmp_path / "out"]
     result = infer("--audio", three[0], path, three[1], *options, FAKE_NPU_FAULT="stumble", FAKE_NPU_AFTER="900")
     assert result.returncode == 2 and "2 recordings, 1 failed, " in result.stderr
-    assert result.stderr.count("inference.py: error: ") == 2 and "recordings not finished: 1;" in result.stderr
+    assert result.stderr.count("inference.py: error: ") == 2 and "not finished: 1;" in result.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["あさ.txt"]
 
 

@@ -212,9 +212,9 @@ def test_a_recording_whose_parts_wait_fails_with_the_device(tmp_path, device, ex
     options = ["--model", MODEL, "--audio", *paths, "--device", device, "--batch-size", "4", "--max-new-tokens", "8"]
     code = COUNTED.replace("return generate", lost)
     result = run("-c", code, *options, "--chunk-length", "5", environment=FAKE)
-    failed, *_, error, sizes = result.stderr.splitlines()
+    _, failed, *_, error, _, sizes = result.stderr.splitlines()
     assert (result.returncode, result.stdout, sizes) == (2, f"{paths[0]}\tあ\n", expected), result.stderr
-    assert f"{paths[1]}: lost" in failed and "recordings not reached: 0" in error
+    assert f"{paths[1]}: lost" in failed and "recordings not begun or not finished: 0" in error
 
 
 @pytest.mark.parametrize("text", ["いう" + "あ" * 30, "あい" * 8, "かきくけこ、" * 5])
