@@ -427,6 +427,8 @@ def plan_outputs(inputs: dict[str, str], args: argparse.Namespace, several: bool
             raise common.SetupError(f"--output-format {args.output_format} needs --output-dir")
         return {path: [] for path in inputs}
     option = f"--output-dir {args.output_dir}: "
+    if not args.output_dir:
+        raise common.SetupError(f"{option}the name is empty, as of a variable that is not set: name a folder")
     extension = os.path.splitext(args.output_dir)[1][1:].lower()
     if extension in FORMATS and not os.path.isdir(args.output_dir):
         remedy = f"write -o {os.path.dirname(args.output_dir) or '.'} -f {extension}; the recording gives the name"
