@@ -130,8 +130,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=common.number(int, 1), metavar="N",
         help="How many chunks are decoded together, across recordings too. (default: 16, on a CPU 8)")  # fmt: skip
     add("--no-speech-threshold", type=common.number(float, 0, 1), default=NO_SPEECH_THRESHOLD, metavar="P",
-        help="Leave a chunk out where the model's probability that nobody speaks is above P; 1 keeps all, "
-        "steady sound too. (default: %(default)s)")  # fmt: skip
+        help="Leave a chunk out where the model's probability that nobody speaks is above P and its text is unlikely "
+        "(below -1 in log-probability); 1 keeps all, steady sound too. (default: %(default)s)")  # fmt: skip
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--output-dir", "--output", "-o", type=os.path.expanduser, metavar="DIR", help="Write files into this folder. "
@@ -649,7 +649,9 @@ def is_left_out(chunk: Chunk, options: Options) -> bool:
         return False
     text, prompt = (re.sub(r"\W", "", text) for text in (chunk.text, options.prompt))
     is_echo = text != "" and text in prompt and chunk.no_speech_prob > ECHO_NO_SPEECH_PROB
-    return chunk.no_speech_prob > options.no_speech_threshold or is_echo
+    # As in openai/whisper: what is likely is speech. Sentences with long pauses between them have 0.87.
+    is_silent = chunk.no_speech_prob > options.no_speech_threshold and chunk.avg_logprob < LOGPROB_LIMIT
+    return is_silent or is_echo
 
 
 def without_loop(ids: list[int]) -> list[int]:

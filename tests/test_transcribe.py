@@ -107,6 +107,9 @@ def test_what_the_model_takes_for_no_speech_is_left_out_and_kept_in_the_json(tmp
         return decoded._replace(no_speech_probs=[0.8] * len(decoded.token_ids))
 
     monkeypatch.setattr(common, "generate", generate_doubtful)
+    content = json.loads(infer("--audio", path, "-f", "json")[1])
+    assert (content["text"], content["left_out"]) == ("こんにちは", [])  # a likely text is speech
+    monkeypatch.setattr(inference, "LOGPROB_LIMIT", 0)
     status, out, err = infer("--audio", path, "-f", "json")
     content = json.loads(out)
     assert (status, content["text"], content["segments"]) == (0, "", [])
