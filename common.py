@@ -484,7 +484,7 @@ def read_chunks(path: str, chunk_length_s: float, warn: Callable[[str], None]) -
     """
     import librosa
 
-    n_read, loudest = 0, 0.0  # samples, and the greatest mean square of what may be speech
+    n_read, loudest = 0, 0.0  # samples; and the greatest mean square of what may be speech
     with open_sound(path, warn) as sound:
         for waveform in split_at_pauses(mix_down(sound.blocks(), sound.rate), sound.rate, chunk_length_s):
             start, n_read = n_read / sound.rate, n_read + len(waveform)
@@ -521,7 +521,8 @@ class Sound:
         """The samples second by second, as far as the file is whole: (n_channels, n) float32. Raises AudioError for
         samples that cannot be sound."""
         n = min(self.rate, MAX_BLOCK // self.decoder.channels)
-        left = self.decoder.frames if self.decoder.format == "FLAC" else math.inf  # what follows is not the sound's
+        # In FLAC it would read what follows the sound.
+        left = self.decoder.frames if self.decoder.format == "FLAC" else math.inf
         try:
             while len(block := self.decoder.read(min(n, left), "float32", always_2d=True)):
                 left -= len(block)
@@ -653,10 +654,10 @@ def declared_duration(log: str) -> float:
 
 
 def warn_of_bytes(file, head: bytes, warn: Callable[[str], None]) -> None:
-    """Say how many bytes of a file lie behind the recording, which may be another one, or are missing at its end.
+    """Warn of bytes that are missing at the end of a file, or that lie behind the recording and may be another one.
 
-    The file stands where libsndfile stopped, at 0 where ffmpeg has read. What a WAV or AIFF declares behind that is the
-    recording's own: pictures, say. Less than the limits may be a tag, or what a recorder miscounts.
+    The file's position is where libsndfile stopped, or 0 where ffmpeg has read. What a WAV or AIFF declares behind that
+    belongs to it, such as pictures. Fewer bytes than the limits may be a tag, or what a recorder miscounts.
     """
     size, declared = os.fstat(file.fileno()).st_size, 0
     if re.match(b"RIFF....WAVE|FORM....AIF", head, re.DOTALL):

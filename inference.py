@@ -447,7 +447,7 @@ def plan_outputs(inputs: dict[str, str], args: argparse.Namespace, several: bool
                     continue
             outputs.setdefault(path, []).append(output)
     if there and not (args.skip_existing or args.overwrite):
-        remedy = "--skip-existing leaves them, --overwrite replaces them, or name another folder"
+        remedy = "name another folder if they are of other recordings, else --skip-existing or --overwrite"
         raise common.SetupError(f"{option}outputs are already there: {len(there)}, such as {there[0]}: {remedy}")
     try:
         if outputs:  # some mounts can write but not rename
