@@ -309,7 +309,7 @@ def test_what_is_there_is_replaced_only_if_asked(tmp_path, infer, monkeypatch):
         patch.setattr(common, "load_model", lambda *arguments: pytest.fail("the model was loaded"))
         for options, n in ([], 1), (["-f", "all"], 2):
             status, _, err = infer(path, "-o", tmp_path, *options)
-            assert status == 2 and f"outputs are already there: {n}, such as {tmp_path}/talk.txt: -" in one_line(err)
+            assert status == 2 and f"outputs are already there: {n}, such as {tmp_path}/talk.txt: n" in one_line(err)
         status, _, err = infer(path, "-o", tmp_path, "--skip-existing", "--overwrite")
         assert status == 2 and "not allowed with argument" in err.splitlines()[-1]
     assert load_model is common.load_model
