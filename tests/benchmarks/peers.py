@@ -255,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, help="folder for the converted models, made if it is not there")
     parser.add_argument("--minutes", type=float, default=10, help="length of the long audio (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="of the clip (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="of each (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="contenders with this in their names")
     parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -268,26 +268,31 @@ def main() -> None:
     chunks = [(chunk.start, chunk.end) for chunk in common.read_chunks(recording, 30, print)]
     n_tokens = round(30 * TOKENS_PER_S)
     contenders = [Contender(name, args.models) for name in names]
-    seconds = {(c.name, n): [] for c in contenders for n in (CLIP_TOKENS, FEW_TOKENS)}
+    work = {"clip": (clip, [(0, 3)], CLIP_TOKENS), "few": (clip, [(0, 3)], FEW_TOKENS)}
+    work["recording"] = (recording, chunks, n_tokens)
+    seconds, n_made = {(c.name, kind): [] for c in contenders for kind in work}, {}
     for i in range(args.runs + 1):
-        for contender in contenders:
-            for n in (CLIP_TOKENS, FEW_TOKENS):
-                taken_s, made = contender.time(clip, [(0, 3)], n)
-                if made != n:
+        for kind, (_, _, n) in work.items():
+            for contender in contenders:
+                if kind == "recording" and (i == 0 or "float32" in contender.name):
+                    continue
+                taken_s, made = contender.time(*work[kind])
+                print(f"{contender.name}, {kind}: {taken_s:.2f} s", file=sys.stderr)
+                if kind != "recording" and made != n:
                     sys.exit(f"{contender.name}: {made} tokens instead of {n}: the times cannot be compared")
+                n_made[contender.name, kind] = made
                 if i:
-                    seconds[contender.name, n].append(taken_s)
+                    seconds[contender.name, kind].append(taken_s)
     rows = [["", f"3 s, {CLIP_TOKENS} tokens (s)", "a token (ms)", f"{args.minutes:g} min (s)", "RTFx", "tokens"]]
-    for contender in contenders:
-        many, few = (statistics.median(seconds[contender.name, n]) for n in (CLIP_TOKENS, FEW_TOKENS))
-        row = [contender.name, f"{many:.2f}", f"{1000 * (many - few) / (CLIP_TOKENS - FEW_TOKENS):.1f}", "", "", ""]
-        print(*row, sep="; ", file=sys.stderr)
-        if "float32" not in contender.name:
-            taken_s, made = contender.time(recording, chunks, n_tokens)
-            row[3:] = [f"{taken_s:.1f}", f"{60 * args.minutes / taken_s:.2f}", str(made)]
+    for name in names:
+        many, few = (statistics.median(seconds[name, kind]) for kind in ("clip", "few"))
+        row = [name, f"{many:.2f}", f"{1000 * (many - few) / (CLIP_TOKENS - FEW_TOKENS):.1f}", "", "", ""]
+        if taken := seconds[name, "recording"]:
+            taken_s = statistics.median(taken)
+            row[3:] = [f"{taken_s:.1f} ({min(taken):.1f} to {max(taken):.1f})", f"{60 * args.minutes / taken_s:.2f}",
+                       str(n_made[name, "recording"])]  # fmt: skip
         rows.append(row)
-        print(*row, sep="; ", file=sys.stderr)
-    print(f"{args.runs} runs of the clip after one warm-up, medians; one run of {args.minutes:g} min: {len(chunks)} "
+    print(f"medians of {args.runs} runs in turns after one warm-up by the clip; {args.minutes:g} min: {len(chunks)} "
           f"chunks of up to 30 s with {n_tokens} tokens each, or of up to 15 s with half of that\n")  # fmt: skip
     for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
         print("|", " | ".join(row), "|")
