@@ -160,7 +160,8 @@ def run_script(run: Callable[[argparse.Namespace], int], args: argparse.Namespac
 
 
 NPU_REMEDIES = {  # what to do, by what torch_npu or CANN says
-    "No module named 'torch_npu'": f"install the torch-npu that goes with torch {torch.__version__.partition('+')[0]}",
+    "No module named 'torch_npu'|undefined symbol": "install the torch-npu that goes with torch "
+    + torch.__version__.partition("+")[0],
     "libascend_hal|driver": "mount the driver, /usr/local/Ascend/driver, into the container",
     "lib[a-z_]+[.]so|ASCEND_[A-Z]+|set_env|500001": "source /usr/local/Ascend/cann/set_env.sh (CANN 8.5 and later) or "
     "/usr/local/Ascend/ascend-toolkit/set_env.sh, and install the Python packages that CANN needs",

@@ -29,6 +29,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
@@ -141,17 +142,21 @@ def run(args: argparse.Namespace) -> int:
     return int(any(clip["faults"] for clip in report["clips"]))
 
 
+OF_SEGMENT = "offset|duration|start|end|begin|segment"  # what keys begin with that are of a part of a file
+
+
 def read_manifest(path: str) -> list[Recording]:
     """The recording of each line of a JSON lines file, relative to which the paths are. Raises SetupError."""
     recordings, number = [], 1
     with open(path, encoding="utf-8-sig") as file:
         try:
-            for number, line in enumerate(file, start=1):  # noqa: B007
+            for number, line in enumerate(file, start=1):
                 if line.strip():
                     row = json.loads(line)
+                    if segment := [key for key in row if re.match(OF_SEGMENT, key.lower())]:
+                        raise common.SetupError(f"--manifest {path}, line {number}: {segment[0]} is of a segment, but "
+                                                "a text is that of a whole file: cut the segments first")  # fmt: skip
                     recordings.append(Recording(os.path.join(os.path.dirname(path), row["audio"]), row["text"] + ""))
-                    if segment := row.keys() & {"offset", "duration", "start", "end"}:
-                        raise ValueError(f"a text is that of a whole file, so {min(segment)}: cut the segments first")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             expected = '{"audio": "a.wav", "text": "..."}'
             raise common.SetupError(f"--manifest {path}, line {number}: not {expected} ({error})") from error
@@ -298,7 +303,8 @@ def compare_rows(clip: Clip, rows: list[Reference], recognizer: common.Recognize
         figures += of_row
         if how != TO_END:  # there no text ends
             note_difference(clip, reference, found, not any(figure.is_fault for figure in of_row), how)
-            clip.candidate_text = reference.text(found.token_ids)
+            if how != IN_FLOAT32:
+                clip.candidate_text = reference.text(found.token_ids)
     clip.figures += (shown := worst(figures))
     clip.faults += [f"{f.name} {f.value:.3g} is not below {f.limit:.3g} ({how})" for f in shown if f.is_fault]
     return len(clip.faults) == n_faults

@@ -239,7 +239,7 @@ def test_what_cannot_be_evaluated_is_status_2(tmp_path, evaluate, clips):
     (tmp_path / "text.wav").write_text("not audio")
     for name, content in [("bad", "{"), ("keys", '{"audio": "x.wav"}'), ("deep", "[" * 100_000),
                           ("null", '{"audio": "x.wav", "text": "a"}\n{"audio": "y.wav", "text": null}'),
-                          ("part", '{"audio": "x.wav", "text": "a", "offset": 9.5, "duration": 2}')]:  # fmt: skip
+                          ("part", '{"audio": "x.wav", "text": "a", "offset": 9.5}')]:  # fmt: skip
         (tmp_path / name).write_text(content)
     (tmp_path / "bytes").write_bytes(b"\xff\xfe{")
     for arguments, words in [
@@ -247,7 +247,7 @@ def test_what_cannot_be_evaluated_is_status_2(tmp_path, evaluate, clips):
         (["--audio", tmp_path / "text.wav", tmp_path / "absent.wav"], "none of 2 recordings can be read"),
         (["--manifest", os.devnull], "there is no line in it"),
         (["--manifest", tmp_path / "null"], "line 2: not"),
-        (["--manifest", tmp_path / "part"], "so duration: cut the segments first"),
+        (["--manifest", tmp_path / "part"], "offset is of a segment, but a text is that of a whole file: cut"),
         (["--manifest", tmp_path / "absent.jsonl"], "No such file"),
         *((["--manifest", tmp_path / name], "line 1: not") for name in ("bad", "keys", "deep", "bytes")),
     ]:

@@ -2,10 +2,13 @@
 import difflib
 import json
 import statistics
+from collections import Counter
 
 import common
+import numpy as np
 import pytest
 import seed_faults
+import soundfile
 import torch
 from conftest import TESTS, run
 
@@ -87,11 +90,27 @@ def test_what_is_said_after_a_pause_is_in_the_text(outputs):
     assert after[0]["start"] == pytest.approx(second["start"], abs=0.3)
 
 
+def test_speech_that_is_not_heard_in_two_tries_is_said(tmp_path):
+    """The model writes the first of four turns and ends, and of the three that are left the first again."""
+    turn, rate = soundfile.read(REAL / "05_daily.flac", dtype="float32")
+    gap = np.zeros(round(0.4 * rate), np.float32)
+    soundfile.write(tmp_path / "four.wav", np.concatenate([turn, gap] * 4), rate)
+    recognizer = common.load_model(str(MODEL), CPU, torch.float32)
+    [recording] = inference.transcribe(recognizer, [str(tmp_path / "four.wav")], inference.Options())
+    content, second_s = json.loads(inference.render(recording, "json", "ja")), (len(turn) + len(gap)) / rate
+    assert content["text"].count("届いて") == 2
+    assert content["unheard"][0]["start"] == pytest.approx(2 * second_s, abs=0.3)
+    assert content["unheard"][-1]["end"] == pytest.approx(4 * second_s, abs=0.6)
+    totals = Counter()
+    inference.count(recording, totals)
+    assert totals["chunks with loud sound that has no text"] == 1
+
+
 @pytest.mark.parametrize("name", ["telephone.flac", "talk.flac", "train.flac"])
 def test_people_on_the_telephone_in_talk_and_in_noise_are_heard(outputs, name):
     output = outputs[name]
     assert heard_share(TRUTH[name]["sentences"], output["text"]) > 0.75, output["text"]
-    assert output["left_out"] == [] and output["warnings"] == []
+    assert output["left_out"] == [] and output["unheard"] == [] and output["warnings"] == []
 
 
 def test_what_is_called_ten_times_is_written_ten_times(outputs):
