@@ -312,7 +312,7 @@ def count(recording: Recording, totals: Counter) -> None:
         "chunks left out": len(recording.chunks) - len(kept), "chunks without text": sum(not c.text for c in kept),
         "chunks cut off at the token limit": sum(c.token_limit for c in kept),
         "chunks looping": sum(c.looping for c in kept),
-        "chunks with loud sound that has no text": sum(bool(unheard_stretches(c)) for c in kept),
+        "chunks with loud sound that has no text": sum(bool(c.text and unheard_stretches(c)) for c in kept),
     })  # fmt: skip
     if not kept:
         why = "the model finds none" if recording.n_windows else "it is silence or steady sound"
